@@ -1,0 +1,7 @@
+"""One file a model family: which of its modules map onto which operator sequence.
+
+A patch file names the family's layer class and lists, for each submodule that fused kernels may
+take over, the operators it computes in order (norm, projection, rotary, attention, bias, residual,
+activation, ...) and where their parameters live. It holds data and small adapters, never kernels.
+Adding a model is adding one file here and one row to a test.
+"""

@@ -1,0 +1,60 @@
+"""Sparse attention masks that make Hugging Face Transformers faster.
+
+Importing the package registers ``attn_implementation="stof"`` with Transformers:
+
+    import stof_hf
+    model = AutoModel.from_pretrained(name, attn_implementation="stof")
+    stof_hf.set_pattern(model, stof_hf.patterns.Longformer(window=256, global_tokens=[0]))
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from stof_hf import attention, hf
+from stof_hf.errors import BuildError, MaskError, StofError, StofWarning, UnsupportedError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BuildError",
+    "MaskError",
+    "SparseMask",
+    "StofError",
+    "StofWarning",
+    "UnsupportedError",
+    "__version__",
+    "attention",
+    "patterns",
+    "set_pattern",
+]
+
+_LAZY = {
+    "attention": ("stof_hf.attention.op", "attention"),
+    "SparseMask": ("stof_hf.masks.sparse_mask", "SparseMask"),
+    "patterns": ("stof_hf.masks.patterns", None),
+    "set_pattern": ("stof_hf.hf.patching", "set_pattern"),
+}
+
+# The public name is the function: __getattr__ finds it once the package no longer hides it.
+del attention
+
+# An install maps the top-level patches/ onto stof_hf.patches; a source tree on PYTHONPATH does so here.
+if (_source := Path(__file__).parents[1] / "pyproject.toml").is_file():
+    __path__.append(str(_source.parent))
+
+
+def __getattr__(name: str):
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    value = import_module(module)
+    value = getattr(value, attribute) if attribute else value
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+hf.register()

@@ -1,0 +1,35 @@
+"""Booleans to 64-bit words and back: bit c of a word is column c."""
+
+import torch
+import torch.nn.functional as F
+
+TILE = 64
+# Multiplying eight 0/1 bytes by this constant gathers them into the top byte of the product.
+_GATHER = 0x0102040810204080
+
+
+def words_per(length: int) -> int:
+    """Number of 64-bit words (tiles) that hold `length` bits."""
+    return -(-length // TILE)
+
+
+def pack(x: torch.Tensor) -> torch.Tensor:
+    """Pack a bool tensor [..., n] into int64 words [..., ceil(n/64)], zero beyond n.
+
+    Runs on any device without synchronising; the largest temporary is as large as the input.
+
+    >>> pack(torch.tensor([True, False, True]))
+    tensor([5])
+    """
+    n = x.shape[-1]
+    if n % TILE:
+        x = F.pad(x, (0, TILE - n % TILE))
+    lanes = x.contiguous().view(torch.uint8).view(torch.int64)
+    octets = ((lanes * _GATHER) >> 56).to(torch.uint8)
+    return octets.view(torch.int64)
+
+
+def unpack(words: torch.Tensor, n: int) -> torch.Tensor:
+    """Inverse of `pack`: int64 words [..., w] to bool [..., n], n <= 64 w."""
+    shifts = torch.arange(TILE, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :n]

@@ -1,0 +1,85 @@
+"""FlexAttention's BlockMask as a Pattern."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from .intervals import Intervals
+from .pattern import Index, Pattern, Rows
+
+
+@dataclass(frozen=True, eq=False)
+class BlockMaskPattern(Pattern):
+    """The elements that a BlockMask allows: its full blocks, and its mask_mod in partial ones."""
+
+    block_mask: Any = field(repr=False)
+
+    serializable = False
+
+    def __post_init__(self) -> None:
+        batch, heads = self.block_mask.kv_num_blocks.shape[:2]
+        object.__setattr__(self, "batch", batch if batch > 1 else None)
+        object.__setattr__(self, "heads", heads if heads > 1 else None)
+
+    @cached_property
+    def _lists(self) -> list[np.ndarray]:
+        """Partial and full key blocks of each block row, int64 [B, H, rows, blocks], -1 for none."""
+        bm = self.block_mask
+        out = []
+        for count, index in (
+            (bm.kv_num_blocks, bm.kv_indices),
+            (bm.full_kv_num_blocks, bm.full_kv_indices),
+        ):
+            if count is None:
+                out.append(np.zeros((*bm.kv_num_blocks.shape, 0), np.int64))
+                continue
+            used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+            out.append(torch.where(used, index, -1).cpu().numpy().astype(np.int64))
+        return out
+
+    @cached_property
+    def _kind(self) -> torch.Tensor:
+        """0, 1 (partial) or 2 (full) for each block, uint8 [B, H, rows, cols]."""
+        size = self.block_mask.BLOCK_SIZE[1]
+        cols = -(-self.block_mask.seq_lengths[1] // size)
+        partial, full = self._lists
+        kind = np.zeros((*partial.shape[:3], cols), np.uint8)
+        for value, index in ((1, partial), (2, full)):
+            b, h, r, i = np.nonzero(index >= 0)
+            kind[b, h, r, index[b, h, r, i]] = value
+        return torch.from_numpy(kind).to(self.block_mask.kv_num_blocks.device)
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        rows, cols = self.block_mask.BLOCK_SIZE
+        b, h = (b if self.batch else b * 0), (h if self.heads else h * 0)
+        kind = self._kind[b, h, q // rows, k // cols]
+        return (kind == 2) | ((kind == 1) & self.block_mask.mask_mod(b, h, q, k))
+
+    def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
+        size_q, size_k = self.block_mask.BLOCK_SIZE
+        b = rows.batch if self.batch else np.zeros_like(rows.batch)
+        h = rows.head if self.heads else np.zeros_like(rows.head)
+        top, bottom = rows.first // size_q, rows.last // size_q
+        touched, surely = rows.none(), rows.none()
+        for step in range(int((bottom - top).max(initial=0)) + 1):
+            block = np.minimum(top + step, bottom)
+            for full, lists in enumerate(self._lists):
+                index = lists[b, h, block]
+                lo = np.where(index < 0, 0, index * size_k)
+                hi = np.where(index < 0, 0, (index + 1) * size_k)
+                if index.shape[1]:
+                    touched = touched | rows.touched(lo, hi)
+                    if full:
+                        whole = (top == bottom)[:, None]
+                        surely = surely | rows.inside(lo, np.where(whole, hi, 0))
+        return touched, surely
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"BlockMask({id(self.block_mask)})".encode()).hexdigest()[:24]

@@ -1,0 +1,324 @@
+"""Builders: from patterns, dense tensors, BlockMasks and COO tensors to a SparseMask.
+
+Closed-form patterns are settled on the host, from interval sets and a few distinct tiles, and copied
+to the device without waiting for it. Functions and tensors are evaluated tile by tile on their own
+device, with one synchronisation for every 65,536 tiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import MaskError
+from . import bits
+from .bits import TILE
+from .blocks import BlockMaskPattern
+from .intervals import Intervals
+from .pattern import Pattern, Rows
+from .patterns import Dense
+from .sparse_mask import FULL, SparseMask
+
+_GROUP = 65536
+_MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
+
+
+@dataclass
+class _Tiles:
+    """Evaluated tiles of one mask: where they are and what they hold."""
+
+    row: np.ndarray
+    tile: np.ndarray
+    #: -1 full, -2 empty, else the index of the words
+    content: np.ndarray
+    words: torch.Tensor
+
+
+def build(
+    pattern: Pattern,
+    q_len: int,
+    kv_len: int | None,
+    q_offset: int,
+    kv_offset: int,
+    padding: torch.Tensor | None,
+    device: torch.device,
+) -> SparseMask:
+    """See `SparseMask.from_pattern`."""
+    if not isinstance(pattern, Pattern):
+        raise MaskError(f"expected a Pattern such as stof_hf.patterns.Causal(), not {pattern!r}")
+    kv_len = q_len if kv_len is None else kv_len
+    _check_lengths(q_len, kv_len)
+    bound = pattern.bind(kv_offset + kv_len)
+    batch, heads = bound.batch or 1, bound.heads or 1
+    tile_rows = bits.words_per(q_len)
+    n = np.arange(batch * heads * tile_rows)
+    first = q_offset + n % tile_rows * TILE
+    rows = Rows(
+        batch=n // (heads * tile_rows),
+        head=n // tile_rows % heads,
+        first=first,
+        last=np.minimum(first + TILE, q_offset + q_len) - 1,
+        k0=kv_offset,
+        kv_len=kv_len,
+    )
+    touched, full = bound.structure(rows)
+    inner = kv_len // TILE
+    full = Intervals(np.minimum(full.lo, inner), np.minimum(full.hi, inner), rows.tiles) & rows.all()
+    tiles = _evaluate(bound, rows, *touched.minus(full).tiles(), device)
+    return _assemble(
+        rows, full, tiles, (batch, heads), q_len, padding, device,
+        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern,
+    )  # fmt: skip
+
+
+def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
+    """See `SparseMask.from_dense`."""
+    pattern = Dense(mask)
+    q_len, kv_len = mask.shape[-2:]
+    _check_lengths(q_len, kv_len)
+    flat = mask.reshape(-1, q_len, kv_len)
+    rows, full = _bare_rows(len(flat), mask.shape[1] if mask.ndim == 4 else 1, q_len, kv_len)
+    tile_rows = bits.words_per(q_len)
+    collector = _Collector(q_len)
+    step = max(1, _GROUP // rows.tiles)
+    for p, part in enumerate(flat):
+        for t0 in range(0, tile_rows, step):
+            words = bits.pack(part[t0 * TILE : (t0 + step) * TILE])
+            ragged = -len(words) % TILE
+            words = torch.nn.functional.pad(words, (0, 0, 0, ragged))
+            words = words.view(-1, TILE, rows.tiles).transpose(1, 2).reshape(-1, TILE)
+            index = p * tile_rows * rows.tiles + t0 * rows.tiles + np.arange(len(words))
+            row, tile = index // rows.tiles, index % rows.tiles
+            collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
+    shape = (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
+    tiles = collector.finish(mask.device)
+    return _assemble(rows, full, tiles, shape, q_len, padding, mask.device, pattern=pattern)
+
+
+def build_coo(coo: torch.Tensor) -> SparseMask:
+    """See `SparseMask.from_coo`."""
+    if coo.layout != torch.sparse_coo or coo.dtype != torch.bool or coo.ndim not in (2, 4):
+        raise MaskError("expected a sparse COO tensor of booleans, [Sq, Sk] or [B, H, Sq, Sk]")
+    coo = coo.coalesce()
+    index = coo.indices()[:, coo.values()]
+    shape = (1, 1, *coo.shape) if coo.ndim == 2 else tuple(coo.shape)
+    q, k = index[-2], index[-1]
+    p = index[0] * shape[1] + index[1] if coo.ndim == 4 else torch.zeros_like(q)
+    batch, heads, q_len, kv_len = shape
+    _check_lengths(q_len, kv_len)
+    rows, full = _bare_rows(batch * heads, heads, q_len, kv_len)
+    place = (p * bits.words_per(q_len) + q // TILE) * rows.tiles + k // TILE
+    distinct, inverse = torch.unique(place, return_inverse=True)
+    words = torch.zeros(len(distinct) * TILE, dtype=torch.int64, device=q.device)
+    # Each element sets a bit of its own, so the sum is the union.
+    words.index_add_(0, inverse * TILE + q % TILE, torch.ones_like(k) << (k % TILE))
+    words = words.view(-1, TILE)
+    at = distinct.cpu().numpy()
+    collector = _Collector(q_len)
+    for i in range(0, len(at), _GROUP):
+        row, tile = at[i : i + _GROUP] // rows.tiles, at[i : i + _GROUP] % rows.tiles
+        collector.add(row, tile, words[i : i + _GROUP], rows.last[row] - rows.first[row] + 1)
+    tiles = collector.finish(q.device)
+    return _assemble(rows, full, tiles, (batch, heads), q_len, None, q.device)
+
+
+def build_block_mask(block_mask: torch.nn.attention.flex_attention.BlockMask) -> SparseMask:
+    """See `SparseMask.from_block_mask`."""
+    q_len, kv_len = block_mask.seq_lengths
+    device = block_mask.kv_num_blocks.device
+    return build(BlockMaskPattern(block_mask), q_len, kv_len, 0, 0, None, device)
+
+
+def _check_lengths(q_len: int, kv_len: int) -> None:
+    if q_len < 1 or kv_len < 1:
+        raise MaskError(f"a mask needs at least one query and one key, not {q_len} x {kv_len}")
+
+
+def _bare_rows(
+    patterns: int, heads: int, q_len: int, kv_len: int
+) -> tuple[Rows, Intervals]:
+    """Rows of masks given element by element, and no tile that is known to be full."""
+    tile_rows = bits.words_per(q_len)
+    n = np.arange(patterns * tile_rows)
+    first = n % tile_rows * TILE
+    last = np.minimum(first + TILE, q_len) - 1
+    batch, head = n // (heads * tile_rows), n // tile_rows % heads
+    rows = Rows(batch=batch, head=head, first=first, last=last, k0=0, kv_len=kv_len)
+    return rows, rows.none()
+
+
+def _evaluate(
+    pattern: Pattern, rows: Rows, row: np.ndarray, tile: np.ndarray, device: torch.device
+) -> _Tiles:
+    """Evaluate the given tiles; of a closed-form pattern only one of each kind, on the host."""
+    inverse = None
+    if pattern.serializable:
+        device = torch.device("cpu")
+        ragged = (rows.last - rows.first)[row] * 2 + (tile == rows.tiles - 1)
+        key = pattern.exact_key(rows, row, tile)
+        key = (key - key.min(initial=0)) * (2 * TILE) + ragged
+        _, index, inverse = np.unique(key, return_index=True, return_inverse=True)
+        all_row, all_tile = row, tile
+        row, tile = row[index], tile[index]
+    collector = _Collector(0)
+    step = 256 if device.type == "cpu" else 4096
+    for i in range(0, len(row), _GROUP):
+        r, t = row[i : i + _GROUP], tile[i : i + _GROUP]
+        parts = [
+            _words(pattern, rows, r[j : j + step], t[j : j + step], device)
+            for j in range(0, len(r), step)
+        ]
+        collector.add(r, t, torch.cat(parts), rows.last[r] - rows.first[r] + 1)
+    tiles = collector.finish(device)
+    if inverse is not None:
+        tiles.row, tiles.tile, tiles.content = all_row, all_tile, tiles.content[inverse]
+    return tiles
+
+
+def _words(
+    pattern: Pattern, rows: Rows, row: np.ndarray, tile: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    """Evaluate the mask function on tiles: int64 [n, 64]."""
+    table = np.stack([rows.batch[row], rows.head[row], rows.first[row], rows.last[row], tile])
+    b, h, first, last, t = torch.from_numpy(table).to(device).unbind(0)
+    lane = torch.arange(TILE, device=device)
+    q = first[:, None] + lane
+    k = rows.k0 + t[:, None] * TILE + lane
+    end = rows.k0 + rows.kv_len - 1
+    q_in, k_in = q <= last[:, None], k <= end
+    # A mask function may index tensors of exactly the sequence's length: never ask beyond it.
+    q, k = torch.minimum(q, last[:, None]), k.clamp(max=end)
+    allowed = pattern(b[:, None, None], h[:, None, None], q[:, :, None], k[:, None, :])
+    allowed = allowed.expand(len(row), TILE, TILE) & q_in[:, :, None] & k_in[:, None, :]
+    return bits.pack(allowed).squeeze(-1)
+
+
+class _Collector:
+    """Takes evaluated tiles, keeps each distinct partial one once."""
+
+    def __init__(self, q_len: int):
+        self.rows: list[np.ndarray] = []
+        self.tiles: list[np.ndarray] = []
+        self.contents: list[np.ndarray] = []
+        self.words: list[torch.Tensor] = []
+        self.known: dict[tuple[int, int], int] = {}
+
+    def add(self, row: np.ndarray, tile: np.ndarray, words: torch.Tensor, used: np.ndarray) -> None:
+        """Add tiles; `used` is the number of in-range query rows of each. Synchronises once."""
+        lane = torch.arange(TILE, device=words.device)
+        unused = lane >= torch.from_numpy(used).to(words.device)[:, None]
+        full = ((words == -1) | unused).all(1)
+        empty = (words == 0).all(1)
+        summary = torch.stack([full.long(), empty.long(), *_hashes(words)]).cpu().numpy()
+        content = np.where(summary[0] == 1, FULL, -2)
+        partial = np.flatnonzero((summary[0] == 0) & (summary[1] == 0))
+        pairs = np.ascontiguousarray(summary[2:, partial].T)
+        distinct, index, inverse = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
+        place = np.empty(len(distinct), np.int64)
+        fresh = []
+        for i, pair in enumerate(map(tuple, distinct.tolist())):
+            if pair not in self.known:
+                self.known[pair] = len(self.known)
+                fresh.append(partial[index[i]])
+            place[i] = self.known[pair]
+        content[partial] = place[inverse.reshape(-1)]
+        if fresh:
+            self.words.append(words[torch.from_numpy(np.array(fresh)).to(words.device)])
+        self.rows.append(row)
+        self.tiles.append(tile)
+        self.contents.append(content)
+
+    def finish(self, device: torch.device) -> _Tiles:
+        none = np.zeros(0, np.int64)
+        words = torch.cat([torch.zeros(0, TILE, dtype=torch.int64, device=device), *self.words])
+        return _Tiles(
+            np.concatenate([none, *self.rows]),
+            np.concatenate([none, *self.tiles]),
+            np.concatenate([none, *self.contents]),
+            words,
+        )
+
+
+def _hashes(words: torch.Tensor) -> list[torch.Tensor]:
+    """Two independent 64-bit hashes of each tile, which together stand for its content."""
+    out = []
+    for multiplier in _MULTIPLIERS:
+        lane = torch.arange(1, TILE + 1, device=words.device) * multiplier
+        x = words + lane
+        x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * multiplier
+        x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * multiplier
+        out.append((x ^ ((x >> 31) & ((1 << 33) - 1))).sum(1))
+    return out
+
+
+def _assemble(
+    rows: Rows,
+    full: Intervals,
+    tiles: _Tiles,
+    shape: tuple[int, int],
+    q_len: int,
+    padding: torch.Tensor | None,
+    device: torch.device,
+    *,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    pattern: Pattern | None = None,
+) -> SparseMask:
+    held = tiles.content != -2
+    full_row, full_lo, full_len = full.pieces()
+    row = np.concatenate([full_row, tiles.row[held]])
+    col = np.concatenate([full_lo, tiles.tile[held]])
+    length = np.concatenate([full_len, np.ones(int(held.sum()), np.int64)])
+    content = np.concatenate([np.full(len(full_row), FULL), tiles.content[held]])
+    order = np.argsort(row * (rows.tiles + 1) + col, kind="stable")
+    row, col, length, content = row[order], col[order], length[order], content[order]
+    begins = np.ones(len(row), bool)
+    begins[1:] = ~(
+        (row[1:] == row[:-1])
+        & (content[1:] == FULL)
+        & (content[:-1] == FULL)
+        & (col[1:] == col[:-1] + length[:-1])
+    )
+    at = np.flatnonzero(begins)
+    length = np.add.reduceat(length, at) if len(at) else length
+    row, col, content = row[at], col[at], content[at]
+    counts = np.bincount(row, minlength=rows.count)
+    ids, row_ptr, kept = _distinct(counts.reshape(shape[0] * shape[1], -1), col, length, content)
+    host = (
+        ids.reshape(shape), row_ptr, col[kept], length[kept], content[kept],
+    )  # fmt: skip
+    arrays = [_upload(torch.from_numpy(a.astype(np.int32)), device) for a in host]
+    mask = SparseMask(
+        q_len, rows.kv_len, *arrays, tile_bits=_upload(tiles.words, device),
+        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern,
+    )  # fmt: skip
+    return mask if padding is None else mask.with_padding(padding)
+
+
+def _distinct(
+    counts: np.ndarray, col: np.ndarray, length: np.ndarray, content: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keep equal patterns once: pattern id of each mask, row_ptr, and which runs are kept."""
+    ends = np.cumsum(counts.sum(1))
+    starts = ends - counts.sum(1)
+    seen: dict[tuple[bytes, ...], int] = {}
+    ids = np.empty(len(counts), np.int64)
+    first: list[int] = []
+    for p, (a, b) in enumerate(zip(starts, ends, strict=True)):
+        key = tuple(x.tobytes() for x in (counts[p], col[a:b], length[a:b], content[a:b]))
+        if key not in seen:
+            seen[key] = len(first)
+            first.append(p)
+        ids[p] = seen[key]
+    kept = np.concatenate([np.arange(starts[p], ends[p]) for p in first])
+    flat = np.cumsum(counts[first].reshape(-1)).reshape(len(first), -1)
+    lead = np.concatenate([[0], flat[:-1, -1]])
+    return ids, np.concatenate([lead[:, None], flat], axis=1), kept
+
+
+def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if x.device == device or device.type == "cpu" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)

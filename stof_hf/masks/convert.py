@@ -1,0 +1,133 @@
+"""From a SparseMask back to dense tensors, counts and FlexAttention's BlockMask."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from ..errors import MaskError
+from . import bits
+from .bits import TILE
+from .sparse_mask import FULL, SparseMask
+
+_EMPTY = -2
+
+
+def _expanded(mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """All stored tiles, one entry each: (pattern * tile rows + tile row, tile column, content)."""
+    starts, ends = mask.row_ptr[:, :-1].reshape(-1), mask.row_ptr[:, 1:].reshape(-1)
+    rows = torch.arange(len(starts), device=mask.device)
+    of_run = rows.repeat_interleave((ends - starts).long())
+    length = mask.run_len.long()
+    row = of_run.repeat_interleave(length)
+    begin = (length.cumsum(0) - length).repeat_interleave(length)
+    col = mask.run_col.long().repeat_interleave(length)
+    col = col + torch.arange(len(col), device=mask.device) - begin
+    return row, col, mask.run_bits.long().repeat_interleave(length)
+
+
+def tile_map(mask: SparseMask) -> torch.Tensor:
+    """Content of each tile of the storage: -2 empty, -1 full, else an index of tile_bits.
+
+    int32 [P, tile rows, tile columns].
+    """
+    row, col, content = _expanded(mask)
+    columns = bits.words_per(mask.kv_len)
+    if mask.is_view:
+        columns = int(col.max()) + 1 if len(col) else 1
+    patterns, tile_rows = mask.row_ptr.shape[0], mask.row_ptr.shape[1] - 1
+    out = torch.full((patterns * tile_rows, columns), _EMPTY, dtype=torch.int32, device=mask.device)
+    out[row, col] = content.int()
+    return out.view(patterns, tile_rows, columns)
+
+
+def _stored_dense(mask: SparseMask) -> torch.Tensor:
+    """bool [P, 64 tile rows, 64 tile columns] of the storage."""
+    content = tile_map(mask)
+    extra = torch.tensor([0, -1], device=mask.device)[:, None].expand(2, TILE)
+    words = torch.cat([extra, mask.tile_bits])[(content + 2).long()]
+    words = words.permute(0, 1, 3, 2).flatten(1, 2)
+    return bits.unpack(words, words.shape[-1] * TILE)
+
+
+def to_dense(mask: SparseMask) -> torch.Tensor:
+    """See `SparseMask.to_dense`."""
+    row, col = int(mask.row_start), int(mask.col_start)
+    dense = _stored_dense(mask)
+    missing = col + mask.kv_len - dense.shape[-1]
+    if missing > 0:
+        dense = torch.nn.functional.pad(dense, (0, missing))
+    dense = dense[:, row : row + mask.q_len, col : col + mask.kv_len]
+    dense = dense[mask.pattern_id.long()]
+    if mask.kv_valid is not None:
+        dense = dense & bits.unpack(mask.kv_valid, mask.kv_len)[:, None, None]
+    return dense
+
+
+def count_kept(mask: SparseMask) -> int:
+    """See `SparseMask.kept`: counted by columns, so that padding is one product."""
+    if mask.is_view:
+        return int(to_dense(mask).sum())
+    patterns, tile_rows = mask.row_ptr.shape[0], mask.row_ptr.shape[1] - 1
+    columns = bits.words_per(mask.kv_len)
+    row, col, content = _expanded(mask)
+    place = row // tile_rows * columns + col
+    used = (mask.q_len - row % tile_rows * TILE).clamp(max=TILE)
+    full = content == FULL
+    whole = torch.zeros(patterns * columns, dtype=torch.int64, device=mask.device)
+    whole.index_add_(0, place[full], used[full])
+    per_column = whole[:, None].repeat(1, TILE)
+    sums = torch.cat(
+        [bits.unpack(part[..., None], TILE).sum(1) for part in mask.tile_bits.split(4096)]
+    )
+    per_column.index_add_(0, place[~full], sums[content[~full]])
+    per_column = per_column.view(patterns, -1)[:, : mask.kv_len]
+    if mask.kv_valid is None:
+        return int(per_column.sum(1)[mask.pattern_id.long()].sum())
+    valid = bits.unpack(mask.kv_valid, mask.kv_len).long()
+    per_batch = per_column[mask.pattern_id.long()].sum(1)
+    return int((per_batch * valid).sum())
+
+
+def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
+    """See `SparseMask.to_block_mask`."""
+    if mask.is_view:
+        raise MaskError("a decode view has no BlockMask: convert the mask it was made of")
+    content, pid, words, valid = tile_map(mask), mask.pattern_id.long(), mask.tile_bits, mask.kv_valid
+    if not len(words):
+        words = words.new_zeros(1, TILE)
+    per_batch, per_head = (n > 1 for n in mask.pattern_id.shape)
+    padded_batch = valid is not None and len(valid) > 1
+
+    def mask_mod(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        p = pid[b if per_batch else b * 0, h if per_head else h * 0]
+        tile = content[p, q // TILE, k // TILE]
+        word = words[tile.clamp(min=0), q % TILE]
+        allowed = (tile == FULL) | ((tile >= 0) & (((word >> (k % TILE)) & 1) == 1))
+        if valid is not None:
+            allowed = allowed & (((valid[b if padded_batch else b * 0, k // TILE] >> (k % TILE)) & 1) == 1)
+        return allowed
+
+    partial = _blocks(content[pid] != _EMPTY, mask, block_size)
+    return BlockMask.from_kv_blocks(
+        *partial, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(mask.q_len, mask.kv_len)
+    )
+
+
+def _blocks(
+    held: torch.Tensor, mask: SparseMask, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """kv_num_blocks and kv_indices of the blocks that hold a stored tile."""
+    if block_size % TILE:
+        raise MaskError(f"block_size must be a multiple of {TILE}, not {block_size}")
+    per = block_size // TILE
+    rows, cols = -(-held.shape[2] // per), -(-held.shape[3] // per)
+    pad = (0, cols * per - held.shape[3], 0, rows * per - held.shape[2])
+    held = torch.nn.functional.pad(held, pad)
+    held = held.view(*held.shape[:2], rows, per, cols, per).any(-1).any(-2)
+    if mask.kv_valid is not None:
+        held = held.expand(mask.shape[0], -1, -1, -1)
+    index = torch.argsort(held.int(), dim=-1, descending=True, stable=True)
+    return held.sum(-1, dtype=torch.int32), index.to(torch.int32)

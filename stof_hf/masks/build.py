@@ -63,7 +63,7 @@ def build(
         k0=kv_offset,
         kv_len=kv_len,
     )
-    touched, full = bound.structure(rows)
+    touched, full = rows.structure_of(bound)
     inner = kv_len // TILE
     full = Intervals(np.minimum(full.lo, inner), np.minimum(full.hi, inner), rows.tiles) & rows.all()
     tiles = _evaluate(bound, rows, *touched.minus(full).tiles(), device)

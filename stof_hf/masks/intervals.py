@@ -15,7 +15,7 @@ class Intervals:
     """N interval sets over the tiles [0, limit)."""
 
     def __init__(self, lo: np.ndarray, hi: np.ndarray, limit: int):
-        lo, hi = np.clip(lo, 0, limit), np.clip(hi, 0, limit)
+        lo, hi = np.minimum(np.maximum(lo, 0), limit), np.minimum(np.maximum(hi, 0), limit)
         if lo.ndim == 1:
             lo, hi = lo[:, None], hi[:, None]
         self.lo, self.hi, self.limit = lo, hi, limit
@@ -32,22 +32,21 @@ class Intervals:
         """Where at least `need` of the sets (self and others) hold."""
         lo = np.concatenate([s.lo for s in (self, *others)], axis=1)
         hi = np.concatenate([s.hi for s in (self, *others)], axis=1)
-        hi = np.maximum(lo, hi)
-        points = np.concatenate([lo, hi], axis=1)
-        step = np.concatenate([np.ones_like(lo), -np.ones_like(hi)], axis=1)
-        order = np.argsort(points, axis=1, kind="stable")
-        points = np.take_along_axis(points, order, axis=1)
-        depth = np.cumsum(np.take_along_axis(step, order, axis=1), axis=1)
+        # One sort of 2 * endpoint + (1 at ends) orders the endpoints and says which kind each is.
+        events = np.concatenate([2 * lo, 2 * np.maximum(lo, hi) + 1], axis=1)
+        events.sort(axis=1)
+        points, ends = events >> 1, events & 1
+        depth = np.cumsum(1 - 2 * ends, axis=1)
         keep = (depth[:, :-1] >= need) & (points[:, :-1] < points[:, 1:])
         return self._compact(points[:, :-1], points[:, 1:], keep)
 
     def _compact(self, lo: np.ndarray, hi: np.ndarray, keep: np.ndarray) -> Intervals:
-        """Drop what is not kept, moving the rest to the front."""
+        """Drop what is not kept of ascending intervals; the gaps end as empty ones at the limit."""
         width = max(1, int(keep.sum(axis=1).max(initial=0)))
-        order = np.argsort(~keep, axis=1, kind="stable")[:, :width]
-        lo = np.take_along_axis(np.where(keep, lo, 0), order, axis=1)
-        hi = np.take_along_axis(np.where(keep, hi, 0), order, axis=1)
-        return Intervals(lo, hi, self.limit)
+        lo, hi = np.where(keep, lo, self.limit), np.where(keep, hi, self.limit)
+        lo.sort(axis=1)
+        hi.sort(axis=1)
+        return Intervals(lo[:, :width], hi[:, :width], self.limit)
 
     def __and__(self, other: Intervals) -> Intervals:
         return self._covered([other], 2)
@@ -56,14 +55,10 @@ class Intervals:
         return self._covered([other], 1)
 
     def __invert__(self) -> Intervals:
-        keep = self.lo < self.hi
-        merged = self._compact(self.lo, self.hi, keep)
-        empty = merged.lo >= merged.hi
-        lo = np.where(empty, self.limit, merged.lo)
-        hi = np.where(empty, self.limit, merged.hi)
-        n = len(lo)
-        starts = np.concatenate([np.zeros((n, 1), np.int64), hi], axis=1)
-        ends = np.concatenate([lo, np.full((n, 1), self.limit, np.int64)], axis=1)
+        merged = self._compact(self.lo, self.hi, self.lo < self.hi)
+        n = len(merged.lo)
+        starts = np.concatenate([np.zeros((n, 1), np.int64), merged.hi], axis=1)
+        ends = np.concatenate([merged.lo, np.full((n, 1), self.limit, np.int64)], axis=1)
         return self._compact(starts, ends, starts < ends)
 
     def minus(self, other: Intervals) -> Intervals:

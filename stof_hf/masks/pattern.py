@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -32,6 +32,13 @@ class Rows:
     last: np.ndarray
     k0: int
     kv_len: int
+    _structures: dict[int, tuple[Intervals, Intervals]] = field(default_factory=dict, repr=False)
+
+    def structure_of(self, pattern: Pattern) -> tuple[Intervals, Intervals]:
+        """`pattern.structure(self)`, worked out once."""
+        if id(pattern) not in self._structures:
+            self._structures[id(pattern)] = pattern.structure(self)
+        return self._structures[id(pattern)]
 
     @property
     def count(self) -> int:
@@ -111,7 +118,7 @@ class Pattern:
 
     def exact_key(self, rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
         """`tile_key`, with all tiles that are surely empty (or surely full) made equal."""
-        touched, full = self.structure(rows)
+        touched, full = rows.structure_of(self)
         key = self.tile_key(rows, row, tile)
         key = np.where(touched.contains(row, tile), key - key.min(initial=0) + 2, 0)
         return np.where(full.contains(row, tile), 1, key)
@@ -198,11 +205,16 @@ def _mixed_radix(keys: list[np.ndarray]) -> np.ndarray:
     """One int64 key that is equal exactly where all of the keys are."""
     out = keys[0]
     for key in keys[1:]:
-        # Ranks keep the product of the ranges below 2^62 whatever the keys are.
-        _, a = np.unique(out, return_inverse=True)
-        _, b = np.unique(key, return_inverse=True)
-        out = a * (int(b.max(initial=0)) + 1) + b
+        if _span(out) * _span(key) >= 1 << 62:
+            # Ranks keep the product of the ranges small whatever the keys are.
+            out = np.unique(out, return_inverse=True)[1]
+            key = np.unique(key, return_inverse=True)[1]
+        out = (out - out.min(initial=0)) * _span(key) + (key - key.min(initial=0))
     return out
+
+
+def _span(key: np.ndarray) -> int:
+    return int(key.max(initial=0)) - int(key.min(initial=0)) + 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,9 +255,9 @@ class And(_Combined):
         return out
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
-        touched, full = self.patterns[0].structure(rows)
+        touched, full = rows.structure_of(self.patterns[0])
         for p in self.patterns[1:]:
-            t, f = p.structure(rows)
+            t, f = rows.structure_of(p)
             touched, full = touched & t, full & f
         return touched, full
 
@@ -260,9 +272,9 @@ class Or(_Combined):
         return out
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
-        touched, full = self.patterns[0].structure(rows)
+        touched, full = rows.structure_of(self.patterns[0])
         for p in self.patterns[1:]:
-            t, f = p.structure(rows)
+            t, f = rows.structure_of(p)
             touched, full = touched | t, full | f
         return touched, full
 
@@ -285,7 +297,7 @@ class Not(Pattern):
         return self if bound is self.pattern else Not(bound)
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
-        touched, full = self.pattern.structure(rows)
+        touched, full = rows.structure_of(self.pattern)
         return ~full, ~touched
 
     def exact_key(self, rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:

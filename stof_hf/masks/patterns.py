@@ -231,7 +231,7 @@ class _Composed(Pattern):
         return self if bound is self._parts else bound
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
-        return self._parts.structure(rows)
+        return rows.structure_of(self._parts)
 
     def exact_key(self, rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
         return self._parts.exact_key(rows, row, tile)

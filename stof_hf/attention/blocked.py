@@ -1,0 +1,149 @@
+"""Attention under a SparseMask in plain torch operations, one tile row of queries at a time.
+
+The cpu backend's path where no C++ compiler is found. Only keys that a tile row attends to are
+gathered, and at most a block of them is scored at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..masks import bits
+from ..masks.bits import TILE
+from ..masks.sparse_mask import FULL, SparseMask
+
+_KEYS = 1024
+_NO_KEY = float("-inf")
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SparseMask | None,
+    *,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `cpu.forward`, which checks the arguments."""
+    batch, heads, q_len, _ = q.shape
+    kv_len, value_dim = v.shape[2:]
+    out = torch.empty(batch, heads, q_len, value_dim)
+    lse = torch.empty(batch, heads, q_len)
+    if bias is not None:
+        bias = bias.expand(batch, heads, q_len, kv_len)
+    valid = None
+    if mask is not None and mask.kv_valid is not None:
+        valid = bits.unpack(mask.kv_valid, kv_len)[:, None, None]
+    # A weight of 0 does not silence NaN or infinity: such values take a slower product.
+    finite = bool(v.isfinite().all())
+
+    for b, h in _groups(mask, batch, heads):
+        kv_heads = torch.arange(heads)[h] // (heads // k.shape[1])
+        keys, values = k[b, kv_heads], v[b, kv_heads]
+        for start in range(0, q_len, TILE):
+            rows = slice(start, min(start + TILE, q_len))
+            queries = q[b, h, rows].float()
+            state = _Softmax(queries, value_dim)
+            index, allowed = _row_keys(mask, b.start, h.start, rows, kv_len)
+            for part in range(0, len(index), _KEYS):
+                cols = index[part : part + _KEYS]
+                keep = allowed[:, part : part + _KEYS]
+                if valid is not None:
+                    keep = keep & valid[b if len(valid) > 1 else slice(None), :, :, cols]
+                scores = queries @ keys[:, :, cols].float().mT * scale
+                if softcap > 0:
+                    scores = softcap * (scores / softcap).tanh()
+                if bias is not None:
+                    scores = scores + bias[b, h, rows][..., cols].float()
+                scores = scores.masked_fill(~keep, _NO_KEY)
+                state.add(scores, values[:, :, cols].float(), finite)
+            if sinks is not None:
+                state.add_sink(sinks[h].float())
+            out[b, h, rows], lse[b, h, rows] = state.result()
+    return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse
+
+
+class _Softmax:
+    """Online softmax of [b, h, rows] queries: running maximum, denominator, weighted values."""
+
+    def __init__(self, queries: torch.Tensor, value_dim: int):
+        shape = queries.shape[:-1]
+        self.top = queries.new_full(shape, _NO_KEY)
+        self.sum = queries.new_zeros(shape)
+        self.out = queries.new_zeros(*shape, value_dim)
+
+    def _raise(self, top: torch.Tensor) -> torch.Tensor:
+        """Rescale to a new maximum; returns what to subtract from scores."""
+        base = top.masked_fill(top == _NO_KEY, 0)
+        factor = (self.top - base).exp()
+        self.top, self.sum, self.out = top, self.sum * factor, self.out * factor[..., None]
+        return base
+
+    def add(self, scores: torch.Tensor, values: torch.Tensor, finite: bool) -> None:
+        base = self._raise(torch.maximum(self.top, scores.amax(-1)))
+        weights = (scores - base[..., None]).exp()
+        self.sum = self.sum + weights.sum(-1)
+        if finite:
+            self.out = self.out + weights @ values
+            return
+        for w, s, x in zip(weights.split(16, -1), scores.split(16, -1), values.split(16, -2), strict=True):
+            seen = (s != _NO_KEY)[..., None]
+            self.out = self.out + torch.where(seen, w[..., None] * x[:, :, None], 0).sum(-2)
+
+    def add_sink(self, sinks: torch.Tensor) -> None:
+        sinks = sinks[:, None].expand_as(self.top)
+        base = self._raise(torch.maximum(self.top, sinks))
+        self.sum = self.sum + (sinks - base).exp()
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        none = self.sum == 0
+        return self.out / self.sum.masked_fill(none, 1)[..., None], self.top + self.sum.log()
+
+
+def _groups(mask: SparseMask | None, batch: int, heads: int) -> Iterator[tuple[slice, slice]]:
+    """(batch, head) ranges that share one pattern."""
+    shape = (1, 1) if mask is None else mask.pattern_id.shape
+    for i in range(shape[0]):
+        for j in range(shape[1]):
+            b = slice(0, batch) if shape[0] == 1 else slice(i, i + 1)
+            yield b, slice(0, heads) if shape[1] == 1 else slice(j, j + 1)
+
+
+def _row_keys(
+    mask: SparseMask | None, b: int, h: int, rows: slice, kv_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys that some of the query rows attend to, int64 [n], and which ones, bool [rows, n]."""
+    n = rows.stop - rows.start
+    if mask is None:
+        return torch.arange(kv_len), torch.ones(1, kv_len, dtype=torch.bool).expand(n, -1)
+    pattern = int(mask.pattern_id[b, h])
+    first, col_start = int(mask.row_start) + rows.start, int(mask.col_start)
+    tile_rows = range(first // TILE, (first + n - 1) // TILE + 1)
+    runs = [_tiles(mask, pattern, t) for t in tile_rows]
+    tiles = torch.cat([cols for cols, _ in runs]).unique()
+    allowed = torch.zeros(len(runs), TILE, len(tiles), TILE, dtype=torch.bool)
+    for i, (cols, content) in enumerate(runs):
+        place = torch.searchsorted(tiles, cols)
+        full = content == FULL
+        allowed[i][:, place[full]] = True
+        words = bits.unpack(mask.tile_bits[content[~full], :, None], TILE)
+        allowed[i][:, place[~full]] = words.transpose(0, 1)
+    keys = (tiles[:, None] * TILE + torch.arange(TILE)).flatten() - col_start
+    allowed = allowed.flatten(2).flatten(0, 1)[first % TILE : first % TILE + n]
+    used = (keys >= 0) & (keys < kv_len) & allowed.any(0)
+    return keys[used], allowed[:, used]
+
+
+def _tiles(mask: SparseMask, pattern: int, tile_row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tile columns of a stored tile row, ascending, and what each holds: FULL or a bitmap."""
+    begin, end = mask.row_ptr[pattern, tile_row : tile_row + 2].tolist()
+    length = mask.run_len[begin:end].long()
+    before = (length.cumsum(0) - length).repeat_interleave(length)
+    cols = mask.run_col[begin:end].long().repeat_interleave(length)
+    cols = cols + torch.arange(len(cols)) - before
+    return cols, mask.run_bits[begin:end].long().repeat_interleave(length)

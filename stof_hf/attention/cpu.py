@@ -1,0 +1,192 @@
+"""The cpu backend: the C++ kernels of csrc/cpu, or blocked torch operations where they do not build.
+
+The kernels are a plain C library that ctypes calls with one packed struct: it compiles in seconds
+because it includes no torch header, and a call costs microseconds. Their threads are those of the
+OpenMP runtime that torch has loaded, handed in as a pointer to its GOMP_parallel: a library linked
+against a second runtime would have its threads compete with torch's spinning ones.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import struct
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..errors import BuildError, MaskError, StofWarning, UnsupportedError
+from ..masks.sparse_mask import SparseMask
+from . import blocked, jit
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FLAGS = (
+    "-O3",
+    "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+)
+# Mirrors stof::Problem in csrc/cpu/problem.h: pointers, then sizes and strides, then two doubles.
+_PROBLEM = struct.Struct("15q" + "9q" + "4q" + "2q" + "2q" + "1q" + "2q" + "7q" + "2q" + "2d")
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SparseMask | None,
+    *,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over the keys its mask allows.
+
+    Args:
+        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; one dtype of fp32, bf16, fp16; any
+            strides whose last one is 1 (else one copy).
+        mask: SparseMask [B or 1, H or 1, Sq, Sk], or None: all allowed.
+        bias: broadcastable to [B, H, Sq, Sk], added to the scores after softcap.
+        sinks: [H], one more logit of each row's softmax, without a value.
+        scale: factor of the scores. softcap: scores become softcap * tanh(score / softcap) if > 0.
+
+    Returns out [B, Sq, H, Dv] in q's dtype and lse fp32 [B, H, Sq]. A row without a key gives zeros;
+    keys that a row may not attend to cannot change it, not even by NaN or infinity.
+
+    Raises UnsupportedError for another dtype, MaskError for a mask of other lengths.
+    """
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads, kv_len, value_dim = v.shape[1:]
+    if q.dtype not in _DTYPES:
+        raise UnsupportedError(
+            f"attention on the CPU takes float32, bfloat16 and float16, not {q.dtype}: "
+            "convert the model, for example model.float()"
+        )
+    if mask is not None:
+        _check(mask, batch, heads, q_len, kv_len)
+    library = _library()
+    if library is None:
+        return blocked.forward(
+            q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap
+        )
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out = q.new_empty(batch, q_len, heads, value_dim)
+    lse = torch.empty(batch, heads, q_len)
+    if bias is not None:
+        bias = _without_broadcast(bias).float().expand(batch, heads, q_len, kv_len)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+
+    if mask is None:
+        mask_pointers, mask_sizes = (0,) * 7, (0, 0, 1, 0, 0, 0, 0)
+    else:
+        valid, (rows, cols) = mask.kv_valid, mask.pattern_id.shape
+        mask_pointers = (
+            mask.pattern_id.data_ptr(),
+            mask.row_ptr.data_ptr(),
+            mask.run_col.data_ptr(),
+            mask.run_len.data_ptr(),
+            mask.run_bits.data_ptr(),
+            mask.tile_bits.data_ptr(),
+            0 if valid is None else valid.data_ptr(),
+        )
+        patterns, tile_rows = mask.row_ptr.shape
+        mask_sizes = (
+            cols if rows > 1 else 0,
+            1 if cols > 1 else 0,
+            patterns,
+            tile_rows - 1,
+            valid.shape[1] if valid is not None and valid.shape[0] > 1 else 0,
+            int(mask.row_start),
+            int(mask.col_start),
+        )
+    problem = _PROBLEM.pack(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        0 if sinks is None else sinks.data_ptr(),
+        *mask_pointers,
+        _parallel(),
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *mask_sizes,
+        batch,
+        heads,
+        kv_heads,
+        q_len,
+        kv_len,
+        head_dim,
+        value_dim,
+        _DTYPES[q.dtype],
+        torch.get_num_threads(),
+        scale,
+        softcap,
+    )
+    if library(problem) != 0:
+        raise MemoryError("attention on the CPU ran out of memory")
+    return out, lse
+
+
+def _check(mask: SparseMask, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+    """The kernels trust the mask's sizes, so that one that does not fit must not reach them."""
+    mask_batch, mask_heads, mask_rows, mask_cols = mask.shape
+    if (
+        (mask_rows, mask_cols) != (q_len, kv_len)
+        or mask_batch not in (1, batch)
+        or mask_heads not in (1, heads)
+    ):
+        raise MaskError(
+            f"a mask of shape {tuple(mask.shape)} does not fit queries and keys of "
+            f"[{batch}, {heads}, {q_len}, {kv_len}]: build it for these lengths"
+        )
+    storage_rows = 64 * (mask.row_ptr.shape[1] - 1)
+    if int(mask.row_start) < 0 or int(mask.row_start) + q_len > storage_rows:
+        raise MaskError(
+            f"rows {int(mask.row_start)} to {int(mask.row_start) + q_len} lie outside a mask of "
+            f"{storage_rows} rows: build it for a longer sequence"
+        )
+
+
+def _without_broadcast(x: torch.Tensor) -> torch.Tensor:
+    """x with its expanded dimensions at length 1, so that a conversion does not materialise them."""
+    for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            x = x.narrow(dim, 0, 1)
+    return x
+
+
+@lru_cache(1)
+def _library() -> Any | None:
+    """The entry point of the C++ kernels, or None, with one warning, where they cannot be had."""
+    try:
+        function = jit.load_library("stof_cpu", ["cpu/attention.cpp"], _FLAGS).stof_attention_forward
+    except BuildError as error:
+        warnings.warn(
+            f"stof_hf: attention on the CPU runs on torch operations, correct but slower ({error})",
+            StofWarning,
+            stacklevel=2,
+        )
+        return None
+    function.argtypes = [ctypes.c_char_p]
+    function.restype = ctypes.c_int
+    return function
+
+
+@lru_cache(1)
+def _parallel() -> int:
+    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0."""
+    try:
+        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError, TypeError):
+        return 0

@@ -38,7 +38,7 @@ _LAZY = {
 # The public name is the function: __getattr__ finds it once the package no longer hides it.
 del attention
 
-# An install maps the top-level patches/ onto stof_hf.patches; a source tree on PYTHONPATH does so here.
+# An install maps the top-level patches/ onto stof_hf.patches; a source tree does so here.
 if (_source := Path(__file__).parents[1] / "pyproject.toml").is_file():
     __path__.append(str(_source.parent))
 

@@ -1,0 +1,1 @@
+"""Benchmarks: every contestant on identical inputs and masks, in one process."""

@@ -1,0 +1,217 @@
+"""The `stof` command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import MaskError, StofError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+mask_app = typer.Typer(no_args_is_help=True, help="Look at masks.")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
+app.add_typer(mask_app, name="mask")
+app.add_typer(bench_app, name="bench")
+console = Console()
+if not console.is_terminal:
+    console = Console(width=140)  # tables in a log are not cut to 80 columns
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Read "1,8,16".
+
+    >>> _numbers("1,8,16")
+    [1, 8, 16]
+    """
+    try:
+        return None if text is None else [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,8,16") from None
+
+
+@app.command()
+def demo(
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens of the long input; 4096 on a GPU, else 2048.")
+    ] = None,
+) -> None:
+    """Run a real pretrained BERT through "stof" and through its own attention, and compare."""
+    from .demo import run
+
+    if not run(console, seq_len=seq_len):
+        raise typer.Exit(1)
+
+
+@app.command()
+def info() -> None:
+    """Show the GPU, compilers, versions, and which backends work here and why not."""
+    from .info import report
+
+    console.print(report())
+
+
+PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
+
+
+@mask_app.command("show")
+def mask_show(
+    pattern: Annotated[str, typer.Argument(help=PATTERN_HELP)],
+    seq_len: Annotated[int, typer.Option(min=1, help="Number of queries and keys.")],
+    window: Annotated[int | None, typer.Option(help="Tokens seen on each side.")] = None,
+    global_tokens: Annotated[str | None, typer.Option(help="Positions, such as 0,1,2.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other field, such as random_blocks=2.")
+    ] = None,
+    causal: Annotated[bool, typer.Option(help="Combine with a causal mask.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Save a picture here.")] = None,
+) -> None:
+    """Show a mask's density and size, and save a picture of it.
+
+    stof mask show longformer --seq-len 4096 --window 64 --out mask.png
+    """
+    from . import SparseMask, patterns
+
+    fields: dict[str, Any] = {}
+    if window is not None:
+        fields["window"] = window
+    if global_tokens is not None:
+        fields["global_tokens"] = _numbers(global_tokens)
+    for item in option or []:
+        name, _, value = item.partition("=")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            raise typer.BadParameter(f"--set {item}: write NAME=NUMBER") from None
+    chosen = _pattern(pattern, fields)
+    if causal:
+        chosen = chosen & patterns.Causal()
+    mask = SparseMask.from_pattern(chosen, seq_len)
+    console.print(mask, highlight=False)
+    if out is not None:
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(4.5, 4.5), layout="constrained")
+        mask.plot(figure.subplots())
+        figure.savefig(out, dpi=150)
+        console.print(f"saved {out}", highlight=False)
+
+
+# What a name alone stands for, where the pattern has no default of its own.
+DEFAULTS = {
+    "Longformer": {"window": 64},
+    "BigBird": {"window": 64},
+    "SlidingWindow": {"window": 64},
+    "Dilated": {"window": 64, "dilation": 2},
+    "PrefixLM": {"prefix": 64},
+    "Chunked": {"size": 256},
+}
+
+
+def _pattern(text: str, fields: dict[str, Any]) -> Any:
+    from . import patterns
+
+    if text.lstrip().startswith("{"):
+        try:
+            return patterns.Pattern.from_json(json.loads(text))
+        except ValueError as error:
+            raise typer.BadParameter(f"not a pattern: {error}") from error
+    named = {name.lower(): name for name in ("Full", "Causal", *DEFAULTS)}
+    key = text.lower().replace("-", "").replace("_", "")
+    if key not in named:
+        raise typer.BadParameter(f"no pattern is called {text!r}; there are {', '.join(named)}")
+    name = named[key]
+    given = {**DEFAULTS.get(name, {}), **fields}
+    if name == "SlidingWindow":
+        width = given.pop("window")
+        given = {"left": width, "right": width, **given}
+    cls = getattr(patterns, name)
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := set(given) - set(known):
+        has = ", ".join(known) or "no fields"
+        raise typer.BadParameter(f"{name} has no {unknown.pop()!r}; it has {has}")
+    try:
+        return cls(**given)
+    except MaskError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+@bench_app.command("attention")
+def bench_attention(
+    quick: Annotated[bool, typer.Option(help="A few cells only.")] = False,
+    masks: Annotated[
+        str | None, typer.Option(help="Such as causal,longformer; all by default.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8,16.")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 512,4096.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head size.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as stof,flex_triton; all by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that compile ahead of the timing.")] = 0,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
+) -> None:
+    """Time attention on identical masks: PyTorch, FlexAttention, FlashAttention-4 and ours.
+
+    Without options: the grid of the paper's figures with head size 64, and head size 128 with
+    grouped-query attention at 4,096 and 16,384 tokens. Any size named replaces that grid.
+    """
+    from .bench import attention, summary
+    from .bench.contestants import CONTESTANTS
+    from .bench.masks import MASKS
+
+    where = attention.default_device(device)
+    chosen_masks = masks.split(",") if masks else list(MASKS)
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    sizes |= {
+        name: value
+        for name, value in (("batch", _numbers(batch)), ("seq_len", _numbers(seq_len)))
+        if value is not None
+    }
+    cells = attention.cells(where, chosen_masks, quick=quick, **sizes)
+    names = contestants.split(",") if contestants else list(CONTESTANTS)
+
+    def progress(cell: Any, record: dict[str, Any]) -> None:
+        times = " ".join(
+            f"{name} {result['time_us']:.1f}"
+            for name, result in record["results"].items()
+            if "time_us" in result
+        )
+        console.print(f"{cell}: {times}", highlight=False, soft_wrap=True)
+
+    data = attention.run(
+        cells, contestants=names, device=where, json_path=json_path, jobs=jobs, progress=progress
+    )
+    console.print(summary.detail(data))
+    console.print(summary.summary(data))
+    for line in summary.problems(data):
+        console.print(line, style="red", markup=False)
+    if plot_path is not None:
+        from .bench.plot import plot
+
+        plot(data, plot_path)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line, not a traceback."""
+    try:
+        app()
+    except StofError as error:
+        Console(stderr=True).print(f"[red]{type(error).__name__}:[/] {error}", soft_wrap=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

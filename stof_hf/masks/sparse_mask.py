@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
 FULL = -1
-_STRUCTURE = ("pattern_id", "row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
+STRUCTURE = ("pattern_id", "row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -176,7 +176,7 @@ class SparseMask:
             return self
         key = ("structure", device)
         if key not in self.plans:
-            moved = {name: getattr(self, name).to(device) for name in _STRUCTURE}
+            moved = {name: getattr(self, name).to(device) for name in STRUCTURE}
             self.plans[key] = (moved, {})
         moved, plans = self.plans[key]
 
@@ -192,9 +192,11 @@ class SparseMask:
         Args:
             valid: bool [B, Sk], True at real keys, or None for no padding.
         """
-        if valid is None:
-            return replace(self, kv_valid=None)
-        return replace(self, kv_valid=self._padding_words(valid))
+        return self.with_words(None if valid is None else self._padding_words(valid))
+
+    def with_words(self, kv_valid: torch.Tensor | None) -> SparseMask:
+        """`with_padding` for padding that is packed already: int64 [B, ceil(Sk/64)] or None."""
+        return replace(self, kv_valid=kv_valid)
 
     def _padding_words(self, valid: torch.Tensor) -> torch.Tensor:
         if valid.ndim != 2 or valid.shape[1] != self.kv_len:
@@ -274,7 +276,7 @@ class SparseMask:
     @property
     def nbytes(self) -> int:
         """Bytes of storage, padding included."""
-        tensors = [getattr(self, name) for name in _STRUCTURE]
+        tensors = [getattr(self, name) for name in STRUCTURE]
         tensors += [self.kv_valid] if self.kv_valid is not None else []
         return sum(t.numel() * t.element_size() for t in tensors)
 

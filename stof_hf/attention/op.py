@@ -1,0 +1,284 @@
+"""`stof::attention`: softmax(Q K^T) V under a SparseMask, as a torch op and as a Python function."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import MaskError, UnsupportedError
+from ..masks.cache import mask_for
+from ..masks.pattern import Pattern
+from ..masks.sparse_mask import STRUCTURE, SparseMask
+from . import select
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any = None,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Scaled dot-product attention under a sparse mask.
+
+    Args:
+        query: [B, H, Sq, D], float16, bfloat16 or float32, D at most 256, any strides.
+        key, value: [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv]; H must be a multiple of Hkv (grouped-query
+            attention without expanding the keys).
+        mask: a SparseMask for Sq x Sk, or None: every query may attend to every key.
+        scale: factor on the scores, 1 / sqrt(D) by default.
+        softcap: if positive, scores become softcap * tanh(score / softcap).
+        bias: added to the scores after that, broadcastable to [B, H, Sq, Sk].
+        sinks: [H], a logit per head that takes part in the softmax and has no value.
+
+    Returns:
+        [B, H, Sq, Dv] in the query's dtype, stored as contiguous [B, Sq, H, Dv]. A query with no
+        allowed key gives zeros. Differentiable in query, key, value, bias and sinks. Under autocast
+        the tensors are cast to its dtype first.
+
+    Raises:
+        UnsupportedError: dtype, head size or device that no backend takes.
+        MaskError: the mask does not fit the tensors.
+
+    >>> import torch, stof_hf
+    >>> q = k = v = torch.randn(1, 2, 256, 64)
+    >>> mask = stof_hf.SparseMask.from_pattern(stof_hf.patterns.SlidingWindow(32, 0), 256)
+    >>> stof_hf.attention(q, k, v, mask).shape
+    torch.Size([1, 2, 256, 64])
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if _plain(query, key, value, bias, sinks) and (mask is None or type(mask) is SparseMask):
+        check(query, key, value, mask, bias, sinks)
+        out, _ = select.forward(
+            query, key, value, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap
+        )
+        return out.transpose(1, 2)
+    out, _ = torch.ops.stof.attention(
+        query, key, value, *op_arguments(query, key, mask), bias, sinks, scale, softcap
+    )
+    return out.transpose(1, 2)
+
+
+def _plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backend may be called directly: no tracing, no gradient, no tensor subclass."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    grad = torch.is_grad_enabled()
+    return all(
+        t is None or (type(t) is torch.Tensor and not (grad and t.requires_grad)) for t in tensors
+    )
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SparseMask | None,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Raise for what no backend computes; cheap, reads no device memory."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise UnsupportedError(
+            f"query, key and value have dtypes {q.dtype}, {k.dtype} and {v.dtype}: give them one "
+            "dtype, or run under torch.autocast, which casts them"
+        )
+    if q.dtype not in DTYPES:
+        raise UnsupportedError(
+            f"dtype {q.dtype} is not supported: use float16, bfloat16 or float32 (model.to(dtype))"
+        )
+    device = q.device
+    if k.device != device or v.device != device:
+        raise UnsupportedError(
+            f"query, key and value are on {device}, {k.device} and {v.device}: move them to one device"
+        )
+    batch, heads, q_len, dim = q.shape
+    if (
+        k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]
+        or k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]
+    ):  # fmt: skip
+        raise UnsupportedError(
+            f"shapes do not fit: query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}; "
+            "expected [B, H, Sq, D], [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] with H a multiple of Hkv"
+        )
+    if dim > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
+        raise UnsupportedError(
+            f"head size {max(dim, v.shape[3])} is not supported, the largest is {MAX_HEAD_DIM}: "
+            'use attn_implementation="sdpa" for this model'
+        )
+    if mask is not None:
+        _check_mask(mask, batch, heads, q_len, k.shape[2], device)
+    if sinks is not None and sinks.shape != (heads,):
+        raise UnsupportedError(f"sinks must be [{heads}], one a head, not {list(sinks.shape)}")
+    if bias is not None:
+        target = (batch, heads, q_len, k.shape[2])
+        if bias.ndim > 4 or any(n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)):
+            raise UnsupportedError(f"bias {list(bias.shape)} does not broadcast to {list(target)}")
+
+
+def _check_mask(
+    mask: SparseMask, batch: int, heads: int, q_len: int, kv_len: int, device: torch.device
+) -> None:
+    mask_batch, mask_heads = mask.pattern_id.shape
+    if mask.q_len != q_len or mask.kv_len != kv_len:
+        raise MaskError(
+            f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, the tensors hold {q_len} "
+            f"and {kv_len}: build it with from_pattern(pattern, {q_len}, {kv_len})"
+        )
+    valid = mask.kv_valid
+    if (
+        mask_batch not in (1, batch) or mask_heads not in (1, heads)
+        or (valid is not None and valid.shape[0] not in (1, batch))
+    ):  # fmt: skip
+        raise MaskError(
+            f"the mask is for batch {mask.shape[0]} and {mask_heads} heads, the tensors hold {batch} "
+            f"and {heads}: a mask's batch and heads are 1 or those of the query"
+        )
+    if mask.device != device:
+        raise MaskError(f"the mask is on {mask.device}, the tensors on {device}: mask.to({str(device)!r})")
+
+
+# Plans of masks that travel through the dispatcher as bare tensors.
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def op_arguments(q: torch.Tensor, k: torch.Tensor, mask: Any) -> tuple[Any, ...]:
+    """The mask as the op takes it: (pattern, tensors, geometry, kv_valid, row_start, col_start)."""
+    if mask is None:
+        return "", [], [q.shape[2], k.shape[2], 0, 0], None, None, None
+    if not isinstance(mask, SparseMask):
+        return mask.op_arguments()
+    tensors = [getattr(mask, name) for name in STRUCTURE]
+    if not torch.compiler.is_compiling():
+        _plans[mask.row_ptr] = mask.plans
+    starts = (mask.row_start, mask.col_start)
+    numbers = [s if isinstance(s, int) else 0 for s in starts]
+    on_device = [None if isinstance(s, int) else s for s in starts]
+    return "", tensors, [mask.q_len, mask.kv_len, *numbers], mask.kv_valid, *on_device
+
+
+@lru_cache(maxsize=256)
+def _pattern(text: str) -> Pattern:
+    return Pattern.from_json(json.loads(text))
+
+
+def _mask_of(
+    pattern: str,
+    tensors: list[torch.Tensor],
+    geometry: list[int],
+    kv_valid: torch.Tensor | None,
+    row_start: torch.Tensor | None,
+    col_start: torch.Tensor | None,
+    device: torch.device,
+) -> SparseMask | None:
+    """Inverse of `op_arguments`; a pattern is built here, at run time, or found in the cache."""
+    q_len, kv_len, row, col = geometry
+    if pattern:
+        q_offset = row if row_start is None else row_start
+        mask = mask_for(_pattern(pattern), q_len, kv_len, q_offset, col, device=device)
+    elif tensors:
+        plans = _plans.setdefault(tensors[1], {})
+        mask = SparseMask(
+            q_len, kv_len, *tensors, plans=plans,
+            row_start=row if row_start is None else row_start,
+            col_start=col if col_start is None else col_start,
+        )  # fmt: skip
+    elif kv_valid is not None:
+        mask = mask_for(_pattern('{"type": "Full"}'), q_len, kv_len, device=device)
+    else:
+        return None
+    return mask.with_words(kv_valid)
+
+
+@torch.library.custom_op(
+    "stof::attention",
+    mutates_args=(),
+    schema=(
+        "(Tensor q, Tensor k, Tensor v, str pattern, Tensor[] mask, SymInt[] geometry, "
+        "Tensor? kv_valid, Tensor? row_start, Tensor? col_start, Tensor? bias, Tensor? sinks, "
+        "float scale, float softcap) -> (Tensor, Tensor)"
+    ),
+)
+def _attention(
+    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap
+):
+    full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
+    check(q, k, v, full, bias, sinks)
+    return select.forward(q, k, v, full, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+
+
+@_attention.register_fake
+def _(q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap):
+    batch, heads, q_len, _ = q.shape
+    out = q.new_empty(batch, q_len, heads, v.shape[-1])
+    return out, q.new_empty(batch, heads, q_len, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "stof::attention_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str pattern, "
+        "Tensor[] mask, SymInt[] geometry, Tensor? kv_valid, Tensor? row_start, Tensor? col_start, "
+        "Tensor? bias, Tensor? sinks, float scale, float softcap) -> Tensor[]"
+    ),
+)
+def _attention_backward(
+    grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
+    scale, softcap,
+):  # fmt: skip
+    from .backward import backward
+
+    full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
+    grads = backward(grad, q, k, v, out, lse, full, bias, sinks, scale, softcap)
+    return [g for g in grads if g is not None]
+
+
+@_attention_backward.register_fake
+def _(
+    grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
+    scale, softcap,
+):  # fmt: skip
+    inputs = [q, k, v, bias, sinks]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask)
+    ctx.rest = pattern, geometry, scale, softcap
+
+
+def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
+    q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask = ctx.saved_tensors
+    pattern, geometry, scale, softcap = ctx.rest
+    grads = torch.ops.stof.attention_backward(
+        grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
+        scale, softcap,
+    )  # fmt: skip
+    dq, dk, dv, *more = grads
+    dbias = more.pop(0) if bias is not None else None
+    dsinks = more.pop(0) if sinks is not None else None
+    none = [None] * len(mask)
+    return dq, dk, dv, None, none, None, None, None, None, dbias, dsinks, None, None
+
+
+torch.library.register_autograd("stof::attention", _backward, setup_context=_setup)

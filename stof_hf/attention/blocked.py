@@ -32,8 +32,8 @@ def forward(
     """As `cpu.forward`, which checks the arguments."""
     batch, heads, q_len, _ = q.shape
     kv_len, value_dim = v.shape[2:]
-    out = torch.empty(batch, heads, q_len, value_dim)
-    lse = torch.empty(batch, heads, q_len)
+    out = q.new_empty(batch, q_len, heads, value_dim)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
     if bias is not None:
         bias = bias.expand(batch, heads, q_len, kv_len)
     valid = None
@@ -64,8 +64,8 @@ def forward(
                 state.add(scores, values[:, :, cols].float(), finite)
             if sinks is not None:
                 state.add_sink(sinks[h].float())
-            out[b, h, rows], lse[b, h, rows] = state.result()
-    return out.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format), lse
+            out.transpose(1, 2)[b, h, rows], lse[b, h, rows] = state.result()
+    return out, lse
 
 
 class _Softmax:
@@ -91,9 +91,10 @@ class _Softmax:
         if finite:
             self.out = self.out + weights @ values
             return
-        for w, s, x in zip(weights.split(16, -1), scores.split(16, -1), values.split(16, -2), strict=True):
-            seen = (s != _NO_KEY)[..., None]
-            self.out = self.out + torch.where(seen, w[..., None] * x[:, :, None], 0).sum(-2)
+        for part in torch.arange(scores.shape[-1]).split(16):
+            seen = (scores[..., part] != _NO_KEY)[..., None]
+            terms = weights[..., part, None] * values[:, :, None, part]
+            self.out = self.out + torch.where(seen, terms, 0).sum(-2)
 
     def add_sink(self, sinks: torch.Tensor) -> None:
         sinks = sinks[:, None].expand_as(self.top)

@@ -1,4 +1,4 @@
-"""The cpu backend: the C++ kernels of csrc/cpu, or blocked torch operations where they do not build.
+"""The cpu backend: the C++ kernels of csrc/cpu, or torch operations where they do not build.
 
 The kernels are a plain C library that ctypes calls with one packed struct: it compiles in seconds
 because it includes no torch header, and a call costs microseconds. Their threads are those of the
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import BuildError, MaskError, StofWarning, UnsupportedError
+from ..errors import BuildError, MaskError, StofWarning
 from ..masks.sparse_mask import SparseMask
 from . import blocked, jit
 
@@ -48,36 +48,31 @@ def forward(
     """Attention of every query over the keys its mask allows.
 
     Args:
-        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; one dtype of fp32, bf16, fp16; any
-            strides whose last one is 1 (else one copy).
+        q: [B, H, Sq, D]; k: [B, Hkv, Sk, D]; v: [B, Hkv, Sk, Dv]; one dtype of fp32, bf16,
+            fp16; any strides whose last one is 1 (else one copy).
         mask: SparseMask [B or 1, H or 1, Sq, Sk], or None: all allowed.
         bias: broadcastable to [B, H, Sq, Sk], added to the scores after softcap.
         sinks: [H], one more logit of each row's softmax, without a value.
         scale: factor of the scores. softcap: scores become softcap * tanh(score / softcap) if > 0.
 
-    Returns out [B, Sq, H, Dv] in q's dtype and lse fp32 [B, H, Sq]. A row without a key gives zeros;
-    keys that a row may not attend to cannot change it, not even by NaN or infinity.
+    Returns out [B, Sq, H, Dv] in q's dtype and lse fp32 [B, H, Sq]. A row without a key gives
+    zeros; keys that a row may not attend to cannot change it, not even by NaN or infinity.
 
-    Raises UnsupportedError for another dtype, MaskError for a mask of other lengths.
+    The caller has checked shapes and dtypes (`op.check`).
+
+    Raises MaskError where a view begins outside its mask.
     """
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = v.shape[1:]
-    if q.dtype not in _DTYPES:
-        raise UnsupportedError(
-            f"attention on the CPU takes float32, bfloat16 and float16, not {q.dtype}: "
-            "convert the model, for example model.float()"
-        )
     if mask is not None:
-        _check(mask, batch, heads, q_len, kv_len)
+        _check_rows(mask, q_len)
     library = _library()
     if library is None:
-        return blocked.forward(
-            q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap
-        )
+        return blocked.forward(q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(batch, q_len, heads, value_dim)
-    lse = torch.empty(batch, heads, q_len)
+    lse = q.new_empty(batch, heads, q_len, dtype=torch.float32)
     if bias is not None:
         bias = _without_broadcast(bias).float().expand(batch, heads, q_len, kv_len)
     if sinks is not None:
@@ -138,28 +133,18 @@ def forward(
     return out, lse
 
 
-def _check(mask: SparseMask, batch: int, heads: int, q_len: int, kv_len: int) -> None:
-    """The kernels trust the mask's sizes, so that one that does not fit must not reach them."""
-    mask_batch, mask_heads, mask_rows, mask_cols = mask.shape
-    if (
-        (mask_rows, mask_cols) != (q_len, kv_len)
-        or mask_batch not in (1, batch)
-        or mask_heads not in (1, heads)
-    ):
+def _check_rows(mask: SparseMask, q_len: int) -> None:
+    """A start that is a tensor was not checked before, and the kernels trust it."""
+    start, rows = int(mask.row_start), 64 * (mask.row_ptr.shape[1] - 1)
+    if start < 0 or start + q_len > rows or int(mask.col_start) < 0:
         raise MaskError(
-            f"a mask of shape {tuple(mask.shape)} does not fit queries and keys of "
-            f"[{batch}, {heads}, {q_len}, {kv_len}]: build it for these lengths"
-        )
-    storage_rows = 64 * (mask.row_ptr.shape[1] - 1)
-    if int(mask.row_start) < 0 or int(mask.row_start) + q_len > storage_rows:
-        raise MaskError(
-            f"rows {int(mask.row_start)} to {int(mask.row_start) + q_len} lie outside a mask of "
-            f"{storage_rows} rows: build it for a longer sequence"
+            f"rows {start} to {start + q_len} lie outside a mask of {rows} rows: build it for a "
+            "longer sequence"
         )
 
 
 def _without_broadcast(x: torch.Tensor) -> torch.Tensor:
-    """x with its expanded dimensions at length 1, so that a conversion does not materialise them."""
+    """x with expanded dimensions cut to length 1, so that a conversion does not fill them."""
     for dim, (size, stride) in enumerate(zip(x.shape, x.stride(), strict=True)):
         if size > 1 and stride == 0:
             x = x.narrow(dim, 0, 1)
@@ -168,9 +153,9 @@ def _without_broadcast(x: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(1)
 def _library() -> Any | None:
-    """The entry point of the C++ kernels, or None, with one warning, where they cannot be had."""
+    """The entry point of the C++ kernels, or None, with one warning, where there are none."""
     try:
-        function = jit.load_library("stof_cpu", ["cpu/attention.cpp"], _FLAGS).stof_attention_forward
+        library = jit.load_library("stof_cpu", ["cpu/attention.cpp"], _FLAGS)
     except BuildError as error:
         warnings.warn(
             f"stof_hf: attention on the CPU runs on torch operations, correct but slower ({error})",
@@ -178,6 +163,7 @@ def _library() -> Any | None:
             stacklevel=2,
         )
         return None
+    function = library.stof_attention_forward
     function.argtypes = [ctypes.c_char_p]
     function.restype = ctypes.c_int
     return function

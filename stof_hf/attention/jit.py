@@ -114,7 +114,7 @@ def _digest_file(library: Path) -> Path:
 
 
 def _is_intact(library: Path) -> bool:
-    """Whether the file is the one that was built: loading a truncated library can kill a process."""
+    """Whether the file is the one that was built: loading a damaged library can kill a process."""
     try:
         digest = hashlib.sha256(library.read_bytes()).hexdigest()
         return digest == _digest_file(library).read_text().strip()
@@ -147,8 +147,8 @@ def _build(library: Path, compiler: str, sources: Sequence[str], flags: Sequence
             )
     except RuntimeError as error:
         raise BuildError(
-            f"{compiler} could not build {', '.join(sources)}: {error}\nA newer g++ (9 or later) or "
-            "clang++ (12 or later) may help: set CXX to it"
+            f"{compiler} could not build {', '.join(sources)}: {error}\n"
+            "A newer compiler may help, g++ 12 or clang++ 14: set CXX to it"
         ) from error
     # Rename last, so that an intact digest stands for a complete library.
     content = Path(built).read_bytes()

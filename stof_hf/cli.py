@@ -39,11 +39,14 @@ def demo(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of the long input; 4096 on a GPU, else 2048.")
     ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Folder of the BERT; by default the packaged MiniLM.")
+    ] = None,
 ) -> None:
     """Run a real pretrained BERT through "stof" and through its own attention, and compare."""
     from .demo import run
 
-    if not run(console, seq_len=seq_len):
+    if not run(console, model_path=model, seq_len=seq_len):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,108 @@
+"""The `stof` command."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from stof_hf import demo, info
+from stof_hf.cli import app
+
+runner = CliRunner()
+
+
+def invoke(*arguments):
+    return runner.invoke(app, [str(argument) for argument in arguments])
+
+
+def test_info_names_every_backend():
+    assert info.backends()["cpu"].startswith("works")
+    result = invoke("info")
+    assert result.exit_code == 0
+    for name in ("torch", "transformers", "C++ compiler", "backend cpu", "backend triton"):
+        assert name in result.output
+
+
+def test_info_says_why_the_kernels_do_not_build(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "stof_hf.cli", "info"],
+        env={"PATH": "", "STOF_CACHE_DIR": str(tmp_path), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "no C++ compiler found" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("longformer", "--seq-len", 512),
+        ("sliding-window", "--seq-len", 300, "--window", 16, "--causal"),
+        ("BigBird", "--seq-len", 512, "--set", "random_blocks=1", "--global-tokens", "0,1"),
+        ('{"type": "Causal"}', "--seq-len", 130),
+    ],
+    ids=["name", "options", "set", "json"],
+)
+def test_mask_show(arguments, tmp_path):
+    out = tmp_path / "mask.png"
+    result = invoke("mask", "show", *arguments, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "kept" in result.output
+    assert out.read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bird", "--seq-len", 64), "no pattern is called 'bird'"),
+        (("longformer", "--seq-len", 64, "--window", -1), "at least 0"),
+        (("causal", "--seq-len", 64, "--window", 3), "Causal has no 'window'"),
+        (("dilated", "--seq-len", 64, "--set", "dilation"), "write NAME=NUMBER"),
+        (("longformer", "--seq-len", 64, "--global-tokens", "a"), "not a list of numbers"),
+    ],
+)
+def test_mask_show_names_the_mistake(arguments, message):
+    result = invoke("mask", "show", *arguments)
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_an_error_of_ours_is_one_line():
+    command = [sys.executable, "-m", "stof_hf.cli", "mask", "show", "bigbird", "--seq-len", "300"]
+    result = subprocess.run(
+        [*command, "--set", "random_blocks=99"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    assert result.stderr.startswith("MaskError: 99 random blocks")
+    assert "Traceback" not in result.stderr
+
+
+def test_bench_attention_writes_json_and_a_picture(tmp_path):
+    file, picture = tmp_path / "attention.json", tmp_path / "attention.png"
+    sizes = ("--masks", "sliding", "--batch", 2, "--seq-len", "64,128", "--heads", 2)
+    result = invoke(
+        "bench", "attention", *sizes, "--head-dim", 32, "--device", "cpu",
+        "--contestants", "stof,sdpa_mask", "--json", file, "--plot", picture,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    data = json.loads(file.read_text())
+    assert [cell["cell"]["seq_len"] for cell in data["cells"]] == [64, 128]
+    assert picture.read_bytes()[1:4] == b"PNG"
+
+
+def test_demo(monkeypatch):
+    """The whole demo on a real pretrained model; it fails where the embeddings differ."""
+    assert len(demo.sentences()) >= 150
+    result = invoke("demo", "--seq-len", 512)
+    assert result.exit_code == 0, result.output
+    assert "same" in result.output
+
+    monkeypatch.setattr(demo, "SAME", dict.fromkeys(demo.SAME, 1.1))
+    monkeypatch.setattr(demo, "_sparse", lambda *arguments: None)
+    monkeypatch.setattr(demo, "_long", lambda *arguments: None)
+    result = invoke("demo")
+    assert result.exit_code == 1
+    assert "disagree" in result.output

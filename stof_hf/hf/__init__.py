@@ -1,0 +1,23 @@
+"""The integration with Transformers: attention and mask functions named "stof", and patterns on models."""
+
+from .patching import set_pattern
+
+__all__ = ["register", "set_pattern"]
+
+
+def register() -> None:
+    """Register "stof" with Transformers. `import stof_hf` calls this; a second call changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    from .attention import stof_attention
+    from .check import install
+    from .masks import stof_mask
+    from .paged import paged_attention, paged_mask
+
+    AttentionInterface.register("stof", stof_attention)
+    AttentionMaskInterface.register("stof", stof_mask)
+    # Transformers before 5.23 prepends this prefix for continuous batching.
+    AttentionInterface.register("paged|stof", paged_attention)
+    AttentionMaskInterface.register("paged|stof", paged_mask)
+    install()

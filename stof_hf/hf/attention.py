@@ -1,0 +1,196 @@
+"""The attention function "stof": what Transformers calls in every attention layer."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils.output_capturing import _active_collector
+
+from ..attention.op import attention
+from ..errors import StofWarning, UnsupportedError
+from ..masks.sparse_mask import SparseMask
+from .patching import fallback_of, pending, stamp_pending, stamp_pending_traced
+from .resolve import resolve_mask
+
+Output = tuple[torch.Tensor, None]
+
+
+def stof_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    output_attentions: bool | None = None,
+    **kwargs: Any,
+) -> Output:
+    """Attention for one layer, as Transformers' `eager_attention_forward` computes it.
+
+    Args:
+        module: the attention layer; its pattern (see `set_pattern`) applies on top of the mask.
+        query: [B, H, Sq, D]. key, value: [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv], not expanded.
+        attention_mask: a SparseMask or TracedMask as the mask function makes them; a Pattern; a
+            FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq, Sk]; or None,
+            which means causal if `is_causal`, else all.
+        dropout: must be 0 in training.
+        scaling: factor on the scores, 1 / sqrt(D) by default.
+        is_causal: what None as a mask means; by default `module.is_causal`.
+        softcap: as in Gemma 2. s_aux: [H], sinks as in gpt-oss. position_bias: added to the scores.
+        sliding_window: not used, the mask has the window: Transformers gives it to kernels without masks.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], bounds of packed documents, where no mask
+            says them. max_length_q, max_length_k: implied by them.
+
+    Returns:
+        ([B, Sq, H, Dv] contiguous in query's dtype, None).
+
+    Raises:
+        UnsupportedError: dropout in training, attention weights asked for, an argument that changes
+            the result and is not known, a dtype or head size that no kernel takes.
+        MaskError: a mask that does not fit.
+    """
+    try:
+        if kwargs and (type(module), *kwargs) not in _harmless:
+            _check_kwargs(module, kwargs)
+        if dropout and module.training:
+            raise _no_dropout(dropout)
+        if torch.compiler.is_compiling():
+            stamp_pending_traced()
+        else:
+            output_attentions = output_attentions or _collects_weights()
+            if pending:
+                stamp_pending()
+        if output_attentions:
+            raise UnsupportedError(
+                "attn_implementation='stof' never holds the attention weights, so output_attentions=True "
+                'has nothing to return: call model.set_attn_implementation("eager") for them'
+            )
+        stamp = module.__dict__.get("_stof_stamp")
+        if key.shape[0] != query.shape[0]:
+            query, key, value = _one_batch(query, key, value)
+        if (
+            stamp is not None
+            or type(attention_mask) is not SparseMask
+            or attention_mask.device != query.device
+        ):
+            attention_mask, position_bias, key, value = resolve_mask(
+                module, stamp, query, key, value, attention_mask, is_causal, position_bias,
+                cu_seq_lens_q, cu_seq_lens_k,
+            )  # fmt: skip
+        out = attention(
+            query, key, value, attention_mask,
+            scale=scaling, softcap=softcap or 0.0, bias=position_bias, sinks=s_aux,
+        )  # fmt: skip
+        return out.transpose(1, 2), None
+    except UnsupportedError as error:
+        if torch.compiler.is_compiling() or fallback_of(module) != "sdpa":
+            raise
+        arguments = {
+            "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap,
+            "s_aux": s_aux, "position_bias": position_bias, **kwargs,
+        }  # fmt: skip
+        return _sdpa(error, module, query, key, value, attention_mask, arguments)
+
+
+# (module class, names of keyword arguments) known not to matter.
+_harmless: set[tuple[Any, ...]] = set()
+
+# Arguments that change what is computed although not every model's own attention names them.
+_HARMFUL = {"cache", "head_mask", "layer_head_mask", "alibi", "indices", "block_indices", "sinks"}
+
+
+def _check_kwargs(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Raise for a keyword argument that the model's own eager attention reads and this one does not."""
+    read = _names_read_by_eager(type(module))
+    unsafe = [name for name in kwargs if name in _HARMFUL or name in read]
+    given = [name for name in unsafe if kwargs[name] is not None]
+    if given:
+        raise UnsupportedError(
+            f"{type(module).__name__} passes {', '.join(given)} to its attention, which changes the result "
+            "and is not supported: load the model with attn_implementation=\"sdpa\" or \"eager\", or set "
+            'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}'
+        )
+    if not unsafe:
+        _harmless.add((type(module), *kwargs))
+
+
+def _names_read_by_eager(cls: type) -> set[str]:
+    """Names of the optional arguments that the eager attention of a module's class reads."""
+    for base in cls.__mro__:
+        eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        code = getattr(eager, "__code__", None)
+        if code is not None:
+            strings = {const for const in code.co_consts if isinstance(const, str) and const.isidentifier()}
+            count = code.co_argcount + code.co_kwonlyargcount
+            return strings | set(code.co_varnames[:count])
+    return set()
+
+
+def _collects_weights() -> bool:
+    collected = _active_collector.get()
+    return bool(collected) and any(name.endswith("attentions") for name in collected)
+
+
+def _no_dropout(dropout: float) -> UnsupportedError:
+    return UnsupportedError(
+        f"attention dropout {dropout} in training is not supported: set it to 0 when loading "
+        "(attention_dropout=0.0, or attention_probs_dropout_prob, attn_pdrop, dropout_rate: the name "
+        "depends on the model), call model.eval(), or set "
+        'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []} to train through sdpa'
+    )
+
+
+def _one_batch(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Learned queries come with batch 1."""
+    batch = max(t.shape[0] for t in tensors)
+    return [t.expand(batch, -1, -1, -1) if t.shape[0] == 1 else t for t in tensors]
+
+
+_warned: set[str] = set()
+
+
+def _sdpa(
+    error: UnsupportedError,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    arguments: dict[str, Any],
+) -> Output:
+    """Transformers' own sdpa with the same mask, and one warning a reason."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    reason = f"{type(module).__name__}: {error}"
+    if arguments["s_aux"] is not None or arguments["softcap"]:
+        raise error
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"falling back to sdpa. {reason}", StofWarning, stacklevel=3)
+    bias = arguments.pop("position_bias")
+    mask, bias, key, value = resolve_mask(
+        module, module.__dict__.get("_stof_stamp"), query, key, value, mask, arguments["is_causal"], bias, None, None
+    )
+    if mask is not None:
+        mask = mask.to_dense()
+    if bias is not None:
+        lowest = torch.finfo(query.dtype).min
+        mask = bias if mask is None else torch.where(mask, bias, lowest)
+    # The mask says it all by now; None is full attention.
+    arguments["is_causal"] = False
+    arguments = {name: x for name, x in arguments.items() if name not in ("s_aux", "softcap")}
+    return sdpa_attention_forward(module, query, key, value, mask, **arguments)

@@ -1,0 +1,141 @@
+"""Which models may load with "stof": a wrapper of two methods of Transformers' PreTrainedModel.
+
+Transformers lets every model load with any registered attention name, also those that compute attention
+on their own and never look at it (Longformer, BigBird, BLOOM). Such a model would run as before and
+look as if it were sparse. The wrappers below add to Transformers' own check, which runs in every model's
+constructor and in `set_attn_implementation`:
+
+- a model class that bypasses the attention interface raises UnsupportedError for "stof";
+- a model made from a configuration with patterns is noted, so that its layers get them;
+- a model with patterns that runs with another implementation than "stof" warns.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import types
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import StofWarning, UnsupportedError
+from . import patching
+
+_NAMES = ("stof", "paged|stof")
+_ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
+_INTERFACE = {"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"}
+
+
+def install() -> None:
+    """Wrap Transformers' check; a second call changes nothing."""
+    if hasattr(PreTrainedModel.get_correct_attn_implementation, "__wrapped__"):
+        return
+    PreTrainedModel.get_correct_attn_implementation = _wrap_check(
+        PreTrainedModel.get_correct_attn_implementation
+    )
+    PreTrainedModel.set_attn_implementation = _wrap_set(PreTrainedModel.set_attn_implementation)
+
+
+def _wrap_check(original: Any) -> Any:
+    @functools.wraps(original)
+    def get_correct_attn_implementation(
+        self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
+        if requested_attention in _NAMES and not uses_interface(type(self)):
+            requested_attention = _refuse(self)
+        chosen = original(self, requested_attention, is_init_check)
+        if is_init_check:
+            patching.register(self)
+            _warn_if_dense(self, chosen)
+        return chosen
+
+    return get_correct_attn_implementation
+
+
+def _wrap_set(original: Any) -> Any:
+    @functools.wraps(original)
+    def set_attn_implementation(
+        self: PreTrainedModel, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        wanted = attn_implementation
+        if isinstance(wanted, dict):
+            wanted = wanted.get("")
+        if wanted in _NAMES and not uses_interface(type(self)):
+            wanted = _refuse(self)
+            attn_implementation = wanted if isinstance(attn_implementation, str) else attn_implementation
+        if isinstance(attn_implementation, str) and attn_implementation in _NAMES:
+            for module in self.modules():
+                if isinstance(module, PreTrainedModel) and not uses_interface(type(module)):
+                    _refuse(module)
+        if attn_implementation is not None:
+            original(self, attn_implementation, *args, **kwargs)
+        if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
+            # Transformers reads a class's source to see whether it may switch; a notebook's has none.
+            self.config._attn_implementation_internal = wanted
+        _warn_if_dense(self, self.config._attn_implementation)
+
+    return set_attn_implementation
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    """Raise for a model that bypasses the interface, or warn where its configuration says so."""
+    name = type(model).__name__
+    message = (
+        f'{name} computes attention on its own and would ignore attn_implementation="stof": load it without '
+        'attn_implementation; where it is a part of a larger model, name the other parts, as in '
+        'attn_implementation={"text_config": "stof"}'
+    )
+    if (getattr(model.config, "stof", None) or {}).get("fallback") != "sdpa":
+        raise UnsupportedError(message)
+    warnings.warn(message, StofWarning, stacklevel=4)
+
+
+def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
+    if chosen not in _NAMES and patching.has_patterns(model):
+        warnings.warn(
+            f'{type(model).__name__} has sparse attention patterns, which attn_implementation="{chosen}" '
+            'ignores: use "stof", or remove them with stof_hf.set_pattern(model, None)',
+            StofWarning,
+            stacklevel=3,
+        )
+
+
+@functools.cache
+def uses_interface(cls: type) -> bool:
+    """Whether a model class's attention goes through Transformers' attention interface.
+
+    Looks at the attention classes of the module that defines the class: at the names that their code
+    refers to, not at source text, which notebooks and frozen applications lack. A module without
+    attention classes is taken to combine models that are checked on their own.
+    """
+    module = sys.modules.get(cls.__module__)
+    classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []
+    layers = [
+        c
+        for c in classes
+        if issubclass(c, nn.Module)
+        and c.__module__ == cls.__module__
+        and _ATTENTION.search(c.__name__)
+        and not issubclass(c, PreTrainedModel)
+    ]
+    return not layers or any(_refers_to_interface(c) for c in layers)
+
+
+def _refers_to_interface(cls: type) -> bool:
+    methods = (
+        f
+        for base in cls.__mro__
+        if base.__module__.split(".")[0] != "torch"
+        for f in vars(base).values()
+        if isinstance(f, types.FunctionType)
+    )
+    return any(_INTERFACE & _names(f.__code__) for f in methods)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return set(code.co_names).union(code.co_freevars, *inner)

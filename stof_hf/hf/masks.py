@@ -1,0 +1,174 @@
+"""The mask function "stof": what Transformers calls once a forward for each kind of mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import (
+    TransformGetItemToIndex,
+    _non_vmap_expansion_sdpa,
+    _vmap_expansion_sdpa,
+    causal_mask_function,
+    prepare_padding_mask,
+)
+
+from ..errors import MaskError
+from ..masks import bits
+from ..masks.cache import mask_for
+from ..masks.pattern import Pattern
+from ..masks.sparse_mask import SparseMask
+from ..masks.traced import TracedMask, structure_of
+from .recognise import chunks_from_zero, closed_form_text, pattern_of
+from .symbolic import is_opaque, names_tensor, recognise
+
+MaskFunction = Callable[..., torch.Tensor]
+
+
+def stof_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: MaskFunction = causal_mask_function,
+    attention_mask: Any = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> SparseMask | TracedMask | torch.Tensor | None:
+    """The mask of one forward, as Transformers' `sdpa_mask` computes it, but sparse and cached.
+
+    Args:
+        batch_size, q_length, kv_length: sizes of queries and keys.
+        q_offset, kv_offset: absolute position of the first query and key. A tensor q_offset (static
+            caches) is never read for steps of at most 16 tokens under a closed-form mask function.
+        mask_function: f(b, h, q, k) -> bool on absolute positions.
+        attention_mask: bool [B, positions], padding; a Pattern, which replaces the mask function; or a
+            mask made earlier, which is returned unchanged.
+        local_size: window or chunk size, where the mask function has one.
+        allow_is_causal_skip, allow_is_bidirectional_skip: whether None may say causal, or all.
+        use_vmap: the mask function takes single indices, not index tensors.
+        device: where the mask will be used.
+
+    Returns None in the cases in which `sdpa_mask` does, except that the padding of a batch on a GPU is
+    not read to find out whether it is all ones.
+    """
+    device = torch.device(device)
+    if isinstance(attention_mask, Pattern):
+        return mask_for(attention_mask, q_length, kv_length, q_offset, kv_offset, device=device)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        return attention_mask
+    padding = _padding(attention_mask, batch_size, kv_length, kv_offset)
+    if padding is None and _skips(
+        q_length, kv_length, q_offset, local_size, allow_is_causal_skip, allow_is_bidirectional_skip
+    ):
+        return None
+    if isinstance(q_offset, torch.Tensor):
+        # The cache adds to its length in place once the mask is made.
+        q_offset = q_offset.reshape(1).clone()
+    geometry = (q_length, kv_length, q_offset, kv_offset)
+    if torch.compiler.is_compiling():
+        return _traced(mask_function, batch_size, geometry, padding, attention_mask, use_vmap, device)
+    pattern, cacheable = pattern_of(
+        mask_function, kv_offset + kv_length, use_vmap, attention_mask is not None, batch_size
+    )
+    if cacheable and pattern.serializable:
+        # Transformers allows no skip for single tokens where it is going to compile the step.
+        on_device = not allow_is_causal_skip and not allow_is_bidirectional_skip and q_length == 1
+        mask = mask_for(
+            pattern, q_length, kv_length, q_offset, kv_offset, device=device, on_device=on_device
+        )
+    elif isinstance(q_offset, torch.Tensor):
+        allowed = _evaluate(mask_function, batch_size, geometry, use_vmap, device)
+        mask = SparseMask(q_length, kv_length, *structure_of(allowed))
+    elif cacheable:
+        mask = mask_for(pattern, q_length, kv_length, q_offset, kv_offset, device=device)
+    else:
+        mask = SparseMask.from_pattern(
+            pattern, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device
+        )
+    return mask if padding is None else mask.with_padding(padding)
+
+
+def _padding(
+    attention_mask: torch.Tensor | None, batch_size: int, kv_length: int, kv_offset: int
+) -> torch.Tensor | None:
+    """bool [B, kv_length] or None; all ones are only looked for where that costs nothing."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[0] not in (1, batch_size):
+        raise MaskError(
+            f"the attention mask is for a batch of {attention_mask.shape[0]}, the inputs are {batch_size}"
+        )
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
+    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding
+
+
+def _skips(
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor,
+    local_size: int | None,
+    causal: bool,
+    bidirectional: bool,
+) -> bool:
+    """Whether an unpadded mask is left to `is_causal`, or is no mask at all."""
+    if local_size is not None and kv_length >= local_size:
+        return False
+    if bidirectional:
+        return True
+    if not causal:
+        return False
+    return q_length == 1 or kv_length == q_length or (isinstance(q_offset, int) and q_offset == 0)
+
+
+def _evaluate(
+    mask_function: MaskFunction,
+    batch_size: int,
+    geometry: tuple[int, int, int | torch.Tensor, int],
+    use_vmap: bool,
+    device: torch.device,
+) -> torch.Tensor:
+    """The mask function's values as a bool tensor [B or 1, 1, Sq, Sk]; reads nothing."""
+    q_length, kv_length, q_offset, kv_offset = geometry
+    batch, head = torch.arange(batch_size, device=device), torch.arange(1, device=device)
+    q = torch.arange(q_length, device=device) + q_offset
+    k = torch.arange(kv_length, device=device) + kv_offset
+    if use_vmap:
+        with TransformGetItemToIndex():
+            return _vmap_expansion_sdpa(mask_function)(batch, head, q, k)
+    allowed = mask_function(*_non_vmap_expansion_sdpa(batch, head, q, k))
+    return allowed.expand(-1, -1, q_length, kv_length)
+
+
+def _traced(
+    mask_function: MaskFunction,
+    batch_size: int,
+    geometry: tuple[int, int, int | torch.Tensor, int],
+    padding: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    use_vmap: bool,
+    device: torch.device,
+) -> TracedMask:
+    q_length, kv_length, q_offset, kv_offset = geometry
+    text = None
+    # A function that a user passed may do with symbols what cannot be traced.
+    if not use_vmap:
+        expression, _ = recognise(mask_function)
+        expression = chunks_from_zero(expression) if attention_mask is None else expression
+        if not is_opaque(expression) and not names_tensor(expression):
+            text = closed_form_text(expression)
+    allowed = None
+    if text is None:
+        allowed = _evaluate(mask_function, batch_size, geometry, use_vmap, device)
+    kv_valid = None if padding is None else bits.pack(padding)
+    shape = (batch_size, 1, q_length, kv_length)
+    return TracedMask(shape, text, allowed, kv_valid, q_offset, kv_offset)

@@ -1,0 +1,278 @@
+"""Patterns on the attention layers of a model: `set_pattern` and what the attention function looks up."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal
+from weakref import WeakSet, ref
+
+import torch
+from torch import nn
+
+from ..errors import MaskError, UnsupportedError
+from ..masks.pattern import And, Pattern
+from ..masks.patterns import Causal
+from ..masks.traced import both, text_of
+
+Kind = Literal["self", "cross", "all"]
+
+_CROSS = re.compile(r"cross|xattn|enc(oder)?_?dec|encoder_(decoder_)?att|src_att", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """The pattern of attention layers, with what every call would compute from it."""
+
+    pattern: Pattern
+    cross: bool
+
+    @cached_property
+    def key(self) -> str:
+        return self.pattern.fingerprint
+
+    @cached_property
+    def causal(self) -> Pattern:
+        return Causal() & self.pattern
+
+    @cached_property
+    def text(self) -> str | None:
+        return text_of(self.pattern) if self.pattern.serializable else None
+
+    @cached_property
+    def causal_text(self) -> str:
+        return both(text_of(Causal()), self.required_text())
+
+    def required_text(self) -> str:
+        """The pattern as JSON text, which is how it enters a compiled graph."""
+        if self.text is None:
+            raise UnsupportedError(
+                f"the pattern {type(self.pattern).__name__} holds a function or tensor, which torch.compile "
+                "cannot take: use another pattern of stof_hf.patterns, or do not compile"
+            )
+        return self.text
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One `set_pattern` call."""
+
+    pattern: Pattern
+    modules: tuple[str, ...] | None
+    kind: Kind
+
+    def to_json(self) -> dict[str, Any]:
+        modules = None if self.modules is None else list(self.modules)
+        return {"pattern": self.pattern.to_json(), "modules": modules, "kind": self.kind}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Rule:
+        modules = data.get("modules")
+        pattern = Pattern.from_json(data["pattern"])
+        return cls(pattern, None if modules is None else tuple(modules), data.get("kind", "self"))
+
+    def applies(self, names: Iterable[str], cross: bool) -> bool:
+        """Whether the rule applies to a layer, given the names it goes by."""
+        if self.kind != "all" and cross != (self.kind == "cross"):
+            return False
+        return self.modules is None or any(matches(glob, n) for glob in self.modules for n in names)
+
+
+def matches(glob: str, name: str) -> bool:
+    """Whether a glob fits a module's dotted name or that of a module around it."""
+    parts = name.split(".")
+    return any(fnmatchcase(".".join(parts[:n]), glob) for n in range(1, len(parts) + 1))
+
+
+def is_cross_attention(module: nn.Module, name: str) -> bool:
+    """Whether a layer attends to another sequence, by its attribute, its class or its last two names."""
+    flag = getattr(module, "is_cross_attention", None)
+    if isinstance(flag, bool):
+        return flag
+    return bool(_CROSS.search(".".join([type(module).__name__, *name.split(".")[-2:]])))
+
+
+def set_pattern(
+    model: nn.Module,
+    pattern: Pattern | None,
+    *,
+    modules: str | Iterable[str] | None = None,
+    kind: Kind = "self",
+    persist: bool = True,
+) -> None:
+    """Make attention layers of a model attend only where `pattern` allows it, on top of their own mask.
+
+    Args:
+        model: a Transformers model; it is switched to attn_implementation="stof" if it uses another.
+        pattern: a pattern on absolute positions (padding counts), or None to remove all patterns.
+        modules: glob patterns of module names ("*.layers.0", "encoder.*"); a name stands for all
+            attention layers below it. By default all layers of the kind.
+        kind: "self" for self-attention, "cross" for cross-attention, or "all".
+        persist: also write the pattern to the configuration (`config.stof`), so that saving and loading
+            give the same sparse model.
+
+    Several calls add up: a layer's pattern is the conjunction of all that apply to it. The patterns hold
+    in forward, in generate and in training.
+
+    Raises:
+        MaskError: no module fits `modules`, or persist=True with a pattern that has no JSON form.
+        UnsupportedError: the model does not use Transformers' attention interface.
+
+    >>> import stof_hf
+    >>> from transformers import BertConfig, BertModel
+    >>> model = BertModel(BertConfig(num_hidden_layers=1))
+    >>> stof_hf.set_pattern(model, stof_hf.patterns.Longformer(window=64))
+    >>> model.config.stof["patterns"][0]["pattern"]["type"]
+    'Longformer'
+    >>> stof_hf.set_pattern(model, None)
+    """
+    if pattern is None:
+        return _clear(model)
+    if not isinstance(pattern, Pattern):
+        raise MaskError(f"expected a pattern such as stof_hf.patterns.Causal(), not {pattern!r}")
+    if kind not in ("self", "cross", "all"):
+        raise MaskError(f'kind must be "self", "cross" or "all", not {kind!r}')
+    globs = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
+    rule = Rule(pattern, globs, kind)
+    if globs is not None:
+        _require_match(model, rule)
+    entry = rule.to_json() if persist else None
+    if model.config._attn_implementation != "stof":
+        model.set_attn_implementation("stof")
+    if persist:
+        for config in _configs(model):
+            settings = dict(getattr(config, "stof", None) or {"version": 1, "fallback": "error"})
+            settings["patterns"] = [*settings.get("patterns", ()), entry]
+            config.stof = settings
+            # Saved with the configuration, unlike the choice of attention itself.
+            config.attn_implementation = "stof"
+    model.__dict__["_stof_rules"] = (*_rules(model), rule)
+    _sparse_models.add(model)
+    _stamp_all()
+
+
+def _clear(model: nn.Module) -> None:
+    for config in _configs(model):
+        settings = getattr(config, "stof", None)
+        if settings is None:
+            continue
+        del config.stof
+        if settings.get("fallback", "error") != "error":
+            config.stof = {**settings, "patterns": []}
+        elif "attn_implementation" in config.__dict__:
+            del config.attn_implementation
+    for module in model.modules():
+        module.__dict__.pop("_stof_rules", None)
+    _stamp_all()
+
+
+def _require_match(model: nn.Module, rule: Rule, prefix: str = "") -> None:
+    names = [name for name, _ in model.named_modules() if name]
+    names += [prefix + name for name in names if prefix] + [n.removeprefix(prefix) for n in names]
+    unused = [glob for glob in rule.modules or () if not any(matches(glob, name) for name in names)]
+    if unused:
+        known = [n for n, m in model.named_modules() if "attention" in type(m).__name__.lower()]
+        raise MaskError(
+            f"no module is named {', '.join(map(repr, unused))}; attention layers of this model: "
+            f"{', '.join(known[:6])}{', ...' if len(known) > 6 else ''}"
+        )
+
+
+def _configs(model: nn.Module) -> Iterator[Any]:
+    """The configurations of a model and of everything inside it, each once."""
+    seen: set[int] = set()
+
+    def walk(config: Any) -> Iterator[Any]:
+        if config is None or id(config) in seen or not hasattr(config, "sub_configs"):
+            return
+        seen.add(id(config))
+        yield config
+        for key in config.sub_configs:
+            yield from walk(getattr(config, key, None))
+
+    for module in model.modules():
+        yield from walk(getattr(module, "config", None))
+
+
+#: Models with rules.
+_sparse_models: WeakSet[nn.Module] = WeakSet()
+#: Models that were made from a configuration with patterns, whose layers did not exist yet.
+pending: list[ref[nn.Module]] = []
+#: The patterns in use, by fingerprint.
+active: dict[str, Pattern] = {}
+
+
+def register(model: nn.Module) -> None:
+    """Note a model that is being made from a configuration with patterns."""
+    settings = getattr(model.config, "stof", None)
+    if settings and settings.get("patterns"):
+        model.__dict__["_stof_rules"] = tuple(map(Rule.from_json, settings["patterns"]))
+        # Loading takes it off the configuration; saving again must keep it.
+        model.config.attn_implementation = "stof"
+        pending.append(ref(model))
+
+
+def stamp_pending() -> bool:
+    """Write the patterns of models made since the last call onto their layers; True."""
+    new = [model for model in (entry() for entry in pending) if model is not None]
+    pending.clear()
+    _sparse_models.update(new)
+    _stamp_all(check=new)
+    return True
+
+
+#: `stamp_pending` while torch.compile traces.
+stamp_pending_traced = torch.compiler.assume_constant_result(stamp_pending)
+
+
+def _rules(model: nn.Module) -> tuple[Rule, ...]:
+    return model.__dict__.get("_stof_rules", ())
+
+
+def _stamp_all(check: Iterable[nn.Module] = ()) -> None:
+    """Write on every layer of all models with rules the pattern that they add up to.
+
+    A model inside another carries a copy of its rules, whose names are the outer model's; what it has
+    beyond them was set on itself. Raises MaskError if a rule of a model in `check` fits no module.
+    """
+    active.clear()
+    outermost_first = sorted(_sparse_models, key=lambda model: -sum(1 for _ in model.modules()))
+    considered: dict[nn.Module, dict[Rule, bool]] = {}
+    cross: dict[nn.Module, bool] = {}
+    for model in outermost_first:
+        # A base model's layers go by their names in the model with a head, and the reverse.
+        prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        own = [r for r in _rules(model) if r not in considered.get(model, {})]
+        if any(model is m for m in check):
+            for rule in own:
+                _require_match(model, rule, prefix)
+        for name, module in model.named_modules():
+            names = {name, prefix + name, name.removeprefix(prefix)}
+            cross.setdefault(module, is_cross_attention(module, name))
+            held = considered.setdefault(module, {})
+            for rule in own:
+                if rule not in held:
+                    held[rule] = rule.applies(names, cross[module])
+        if not _rules(model):
+            _sparse_models.discard(model)
+    for module, held in considered.items():
+        patterns = [rule.pattern for rule, applies in held.items() if applies]
+        module.__dict__.pop("_stof_stamp", None)
+        if patterns:
+            pattern = patterns[0] if len(patterns) == 1 else And(tuple(patterns))
+            active[pattern.fingerprint] = pattern
+            module.__dict__["_stof_stamp"] = Stamp(pattern, cross[module])
+
+
+def has_patterns(model: nn.Module) -> bool:
+    """Whether `set_pattern` or the configuration gave the model patterns."""
+    return bool(_rules(model) or (getattr(model.config, "stof", None) or {}).get("patterns"))
+
+
+def fallback_of(module: nn.Module) -> str:
+    """ "sdpa" where the layer's configuration asks for it, else "error"."""
+    settings = getattr(getattr(module, "config", None), "stof", None) or {}
+    return settings.get("fallback", "error")

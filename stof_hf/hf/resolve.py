@@ -1,0 +1,270 @@
+"""From whatever stands for a mask at an attention layer to what the op takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..errors import MaskError, UnsupportedError
+from ..masks.bits import TILE
+from ..masks.cache import mask_for
+from ..masks.pattern import And, Not, Or, Pattern
+from ..masks.patterns import Causal, Custom, Dense, Documents, Full
+from ..masks.sparse_mask import SparseMask
+from ..masks.traced import TracedMask, both, structure_of
+from .patching import Stamp
+
+_FULL, _CAUSAL = Full(), Causal()
+
+
+def resolve_mask(
+    module: nn.Module,
+    stamp: Stamp | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any,
+    is_causal: bool | None,
+    bias: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+) -> tuple[Any, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    """(mask, bias, key, value) for the op, with the layer's own pattern applied.
+
+    See `stof_attention` for the arguments. An additive mask becomes part of the bias; keys and values
+    are cut where a static cache is longer than what causal attention can see.
+    """
+    if mask is None:
+        mask, q_len = _default_mask(module, stamp, query, key, is_causal, cu_seq_lens_q, cu_seq_lens_k)
+        if q_len is not None and q_len < key.shape[2]:
+            key, value = key[:, :, :q_len], value[:, :, :q_len]
+            bias = bias[..., :q_len] if bias is not None and bias.shape[-1] > q_len else bias
+        return mask, bias, key, value
+    if not isinstance(mask, (SparseMask, TracedMask)):
+        mask, additive = _given(mask, query, key)
+        if additive is not None:
+            bias = additive if bias is None else bias + additive
+    if isinstance(mask, SparseMask) and mask.device != query.device:
+        mask = mask.to(query.device)
+    if stamp is not None and mask is not None:
+        mask = with_pattern(mask, stamp)
+    elif stamp is not None:
+        mask, _ = _default_mask(module, stamp, query, key, False, None, None)
+    return mask, bias, key, value
+
+
+def _default_mask(
+    module: nn.Module,
+    stamp: Stamp | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    is_causal: bool | None,
+    cu_seq_lens_q: torch.Tensor | None,
+    cu_seq_lens_k: torch.Tensor | None,
+) -> tuple[Any, int | None]:
+    """The mask that None stands for, and the number of keys to keep if that is fewer than all.
+
+    The rules are those of Transformers' `sdpa_attention_forward`.
+    """
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    causal = q_len > 1 and is_causal
+    if cu_seq_lens_q is not None and q_len > 1:
+        base = _packed(cu_seq_lens_q, cu_seq_lens_k, q_len, kv_len)
+        base = base & _CAUSAL if causal else base
+        return _direct(base if stamp is None else base & stamp.pattern, query, key), None
+    if stamp is None and not causal:
+        return None, None
+    keep = None
+    q_offset = 0
+    if causal and kv_len > q_len:
+        kv_len = keep = q_len
+    elif q_len != kv_len and stamp is not None:
+        if q_len != 1 or not is_causal or stamp.cross:
+            raise UnsupportedError(
+                f"the pattern on {type(module).__name__} needs the positions of its {q_len} queries among {kv_len} keys, "
+                "and the model gives none: leave this module out (set_pattern(..., modules=...)); for a "
+                "pattern on cross-attention, generate with use_cache=False"
+            )
+        q_offset = kv_len - 1
+    pattern = _CAUSAL if stamp is None else stamp.causal if causal else stamp.pattern
+    if torch.compiler.is_compiling():
+        text = CAUSAL_TEXT if stamp is None else stamp.causal_text if causal else stamp.required_text()
+        return TracedMask((1, 1, q_len, kv_len), text, q_offset=q_offset), keep
+    return mask_for(pattern, q_len, kv_len, q_offset, device=query.device), keep
+
+
+CAUSAL_TEXT = '{"type": "Causal"}'
+
+# What masks given as tensors and BlockMasks were converted to, as long as they live.
+_converted: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _given(mask: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[Any, torch.Tensor | None]:
+    """(mask, additive bias) of a mask that is neither made by this package nor None."""
+    q_len, kv_len = query.shape[2], key.shape[2]
+    if isinstance(mask, Pattern):
+        if q_len != kv_len:
+            raise MaskError(
+                f"a pattern was given for {q_len} queries and {kv_len} keys, whose positions are not known: "
+                "give SparseMask.from_pattern(pattern, q_len, kv_len, q_offset=...) instead"
+            )
+        return _direct(mask, query, key), None
+    if isinstance(mask, torch.Tensor):
+        if mask.ndim != 4:
+            raise MaskError(
+                f"expected a mask [batch, heads, queries, keys] at the attention layer, not {list(mask.shape)}"
+            )
+        if torch.compiler.is_compiling():
+            return _dense_in_graph(mask)
+        return _cached(mask, _dense)
+    if type(mask).__name__ == "BlockMask":
+        return _cached(mask, lambda m: (SparseMask.from_block_mask(m), None))
+    raise MaskError(
+        f"{type(mask).__name__} is no mask: give a SparseMask, a Pattern, a BlockMask, or a bool or float tensor"
+    )
+
+
+def _cached(mask: Any, convert: Any) -> Any:
+    """`convert(mask)`, once for a mask's identity and version."""
+    version = None
+    if isinstance(mask, torch.Tensor):
+        if mask.requires_grad or mask.is_inference():
+            # Inference tensors count no versions, so a change in place would go unnoticed.
+            return convert(mask)
+        version = mask._version
+    entry = _converted.get(mask)
+    if entry is None or entry[0] != version:
+        entry = (version, convert(mask))
+        _converted[mask] = entry
+    return entry[1]
+
+
+def _dense(mask: torch.Tensor) -> tuple[SparseMask | None, torch.Tensor | None]:
+    """Reads the mask: whether an additive one only allows and forbids, and where it is empty or full."""
+    for dim in (0, 1):
+        if mask.shape[dim] > 1 and mask.stride(dim) == 0:
+            mask = mask.narrow(dim, 0, 1)
+    if mask.dtype == torch.bool:
+        return SparseMask.from_dense(mask), None
+    if not mask.is_floating_point():
+        raise MaskError(f"a mask tensor must be bool or floating point, not {mask.dtype}")
+    forbidden = mask.detach() <= torch.finfo(mask.dtype).min / 2
+    additive = mask.masked_fill(forbidden, 0)
+    plain = not mask.requires_grad and not bool(additive.any())
+    held = SparseMask.from_dense(~forbidden) if bool(forbidden.any()) else None
+    if held is None and plain:
+        held = mask_for(_FULL, *mask.shape[-2:], device=mask.device)
+    return held, None if plain else additive
+
+
+def _dense_in_graph(mask: torch.Tensor) -> tuple[TracedMask, torch.Tensor | None]:
+    if mask.dtype == torch.bool:
+        return TracedMask(tuple(mask.shape), None, mask), None
+    forbidden = mask.detach() <= torch.finfo(mask.dtype).min / 2
+    return TracedMask(tuple(mask.shape), None, ~forbidden), mask.masked_fill(forbidden, 0)
+
+
+def _packed(
+    cu_q: torch.Tensor, cu_k: torch.Tensor | None, q_len: int, kv_len: int
+) -> Pattern:
+    """Documents by cumulative lengths, which are read once for a tensor's identity and version."""
+    if q_len != kv_len or (cu_k is not None and cu_k is not cu_q and not torch.equal(cu_q, cu_k)):
+        raise UnsupportedError(
+            "packed documents (cu_seq_lens_q, cu_seq_lens_k) must have as many keys as queries: leave both "
+            "out and give position_ids or an attention mask instead"
+        )
+
+    def documents(cu: torch.Tensor) -> Documents:
+        positions = torch.arange(q_len)
+        return Documents(torch.searchsorted(cu.to("cpu", torch.int64), positions, right=True))
+
+    return _cached(cu_q, documents)
+
+
+def _direct(pattern: Pattern, query: torch.Tensor, key: torch.Tensor) -> SparseMask:
+    return mask_for(pattern, query.shape[2], key.shape[2], device=query.device)
+
+
+def with_pattern(mask: SparseMask | TracedMask, stamp: Stamp) -> SparseMask | TracedMask:
+    """`mask` where the stamped pattern allows it as well; the padding stays."""
+    if stamp.cross and mask.shape[2] == 1:
+        raise UnsupportedError(
+            "a pattern on cross-attention needs the position of the query, which Transformers does not give "
+            "in cached decoding: generate with use_cache=False"
+        )
+    if isinstance(mask, TracedMask):
+        return _traced_with_pattern(mask, stamp)
+    return derive(mask, stamp.pattern, stamp.key)
+
+
+def derive(mask: SparseMask, pattern: Pattern, key: str) -> SparseMask:
+    """`mask` & `pattern`, once for a mask: all layers of a forward share it.
+
+    A compiled graph only finds what was derived before (see `stof_mask`).
+    """
+    derived = getattr(mask, "_derived", None)
+    if derived is None:
+        derived = {}
+        object.__setattr__(mask, "_derived", derived)
+    if key not in derived:
+        derived[key] = _combined(mask, pattern)
+    return derived[key]
+
+
+def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:
+    q_len, kv_len, device = mask.q_len, mask.kv_len, mask.device
+    q_offset, kv_offset = mask.q_offset + mask.row_start, mask.kv_offset + mask.col_start
+    if mask.pattern is None:
+        bare = mask.with_words(None).to_dense()
+        allowed = bare & _values(extra, bare.shape, q_offset, kv_offset, device)
+        return SparseMask(q_len, kv_len, *structure_of(allowed), kv_valid=mask.kv_valid)
+    pattern = mask.pattern & extra
+    if not _by_content(pattern):
+        out = SparseMask.from_pattern(
+            pattern, q_len, kv_len, q_offset=int(q_offset), kv_offset=int(kv_offset), device=device
+        )
+    elif mask.is_view and pattern.length_free:
+        positions = (mask.row_ptr.shape[1] - 1) * TILE
+        storage = mask_for(pattern, positions, positions, device=device)
+        out = storage.rows(mask.row_start, q_len, kv_len, col_start=mask.col_start)
+    else:
+        out = mask_for(pattern, q_len, kv_len, int(q_offset), int(kv_offset), device=device)
+    return out.with_words(mask.kv_valid)
+
+
+def _values(
+    pattern: Pattern,
+    shape: torch.Size,
+    q_offset: int | torch.Tensor,
+    kv_offset: int | torch.Tensor,
+    device: torch.device,
+) -> torch.Tensor:
+    """The pattern as a dense tensor for a mask of the given shape [B, 1 or H, Sq, Sk]."""
+    batch = torch.arange(shape[0], device=device)[:, None, None, None]
+    head = torch.arange(pattern.heads or 1, device=device)[:, None, None]
+    q = torch.arange(shape[2], device=device)[:, None] + q_offset
+    k = torch.arange(shape[3], device=device) + kv_offset
+    return pattern.bind(shape[3])(batch, head, q, k)
+
+
+def _by_content(pattern: Pattern) -> bool:
+    """Whether a pattern's fingerprint is cheap and lasting, so that its masks are worth keeping."""
+    if isinstance(pattern, (And, Or)):
+        return all(_by_content(p) for p in pattern.patterns)
+    if isinstance(pattern, Not):
+        return _by_content(pattern.pattern)
+    return not isinstance(pattern, (Documents, Custom, Dense)) and pattern.serializable
+
+
+def _traced_with_pattern(mask: TracedMask, stamp: Stamp) -> TracedMask:
+    place = (mask.kv_valid, mask.q_offset, mask.kv_offset)
+    if mask.allowed is None:
+        return TracedMask(mask.shape, both(mask.pattern, stamp.required_text()), None, *place)
+    device = mask.allowed.device
+    allowed = mask.allowed & _values(stamp.pattern, mask.shape, mask.q_offset, mask.kv_offset, device)
+    return TracedMask(mask.shape, None, allowed, *place)

@@ -1,0 +1,73 @@
+"""Masks that were built before: one dictionary look-up instead of a build.
+
+Generation asks for a mask in every step. A pattern whose longer mask contains the shorter one is
+therefore built once for a round number of positions, and each step gets a view of it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+from .pattern import Pattern
+from .sparse_mask import SparseMask
+
+#: A step with at most this many queries takes a view: its kernels work row by row anyway.
+VIEW_ROWS = 16
+_LEAST_POSITIONS = 4096
+
+
+@lru_cache(maxsize=64)
+def _built(
+    pattern: Pattern, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device
+) -> SparseMask:
+    return SparseMask.from_pattern(
+        pattern, q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device
+    )
+
+
+def mask_for(
+    pattern: Pattern,
+    q_len: int,
+    kv_len: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int = 0,
+    *,
+    device: torch.device,
+    on_device: bool = False,
+) -> SparseMask:
+    """The mask of queries q_offset + [0, q_len) and keys kv_offset + [0, kv_len), without padding.
+
+    Args:
+        q_offset: an int, or an integer tensor with one element, which is not read where a view does
+            (a closed-form `length_free` pattern and at most 16 queries); else it is read once. The
+            mask keeps it.
+        device: where the mask is stored.
+        on_device: give a view's offsets as device tensors, so that a compiled graph that takes the
+            mask serves every step.
+
+    The result is shared: masks with equal arguments are one object, views share their storage.
+    """
+    known = isinstance(q_offset, int)
+    # A function or tensor may hold no values beyond the positions asked for.
+    longer = pattern.length_free and pattern.serializable
+    if not longer or q_len > VIEW_ROWS or (known and not q_offset and not on_device):
+        return _built(pattern, q_len, kv_len, int(q_offset), kv_offset, device)
+    # With a tensor, the queries are among the keys: kv_len is the size of a static cache.
+    positions = kv_offset + kv_len + q_len
+    positions = max(positions, q_offset + q_len) if known else positions
+    capacity = max(_LEAST_POSITIONS, 1 << (positions - 1).bit_length())
+    storage = _built(pattern, capacity, capacity, 0, 0, device)
+    if not known:
+        q_offset = q_offset.reshape(1).to(device, torch.int64)
+        return storage.rows(q_offset, q_len, kv_len, col_start=kv_offset)
+    if on_device:
+        starts = (torch.full((1,), start, device=device) for start in (q_offset, kv_offset))
+        return storage.rows(next(starts), q_len, kv_len, col_start=next(starts))
+    return storage.rows(q_offset, q_len, kv_len, col_start=kv_offset)
+
+
+def clear() -> None:
+    """Forget all masks."""
+    _built.cache_clear()

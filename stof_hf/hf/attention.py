@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from typing import Any
@@ -64,7 +65,7 @@ def stof_attention(
         MaskError: a mask that does not fit.
     """
     try:
-        if kwargs and (type(module), *kwargs) not in _harmless:
+        if kwargs:
             _check_kwargs(module, kwargs)
         if dropout and module.training:
             raise _no_dropout(dropout)
@@ -106,26 +107,33 @@ def stof_attention(
         return _sdpa(error, module, query, key, value, attention_mask, arguments)
 
 
-# (module class, names of keyword arguments) known not to matter.
-_harmless: set[tuple[Any, ...]] = set()
-
 # Arguments that change what is computed although not every model's own attention names them.
 _HARMFUL = {"cache", "head_mask", "layer_head_mask", "alibi", "indices", "block_indices", "sinks"}
 
 
 def _check_kwargs(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise for a keyword argument that the model's own eager attention reads and this one does not."""
-    read = _names_read_by_eager(type(module))
-    unsafe = [name for name in kwargs if name in _HARMFUL or name in read]
-    given = [name for name in unsafe if kwargs[name] is not None]
+    compiling = torch.compiler.is_compiling()
+    names = (_unsafe_names_traced if compiling else _unsafe_names)(type(module), *kwargs)
+    given = [name for name in names if kwargs[name] is not None]
     if given:
         raise UnsupportedError(
             f"{type(module).__name__} passes {', '.join(given)} to its attention, which changes the result "
-            "and is not supported: load the model with attn_implementation=\"sdpa\" or \"eager\", or set "
+            'and is not supported: load the model with attn_implementation="sdpa" or "eager", or set '
             'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}'
         )
-    if not unsafe:
-        _harmless.add((type(module), *kwargs))
+
+
+@functools.cache
+def _unsafe_names(cls: type, *names: str) -> tuple[str, ...]:
+    """Which of the arguments that a layer passes on may change the result."""
+    read = _names_read_by_eager(cls)
+    return tuple(name for name in names if name in _HARMFUL or name in read)
+
+
+@torch.compiler.assume_constant_result
+def _unsafe_names_traced(cls: type, *names: str) -> tuple[str, ...]:
+    return _unsafe_names(cls, *names)
 
 
 def _names_read_by_eager(cls: type) -> set[str]:

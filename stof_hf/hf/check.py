@@ -76,6 +76,12 @@ def _wrap_set(original: Any) -> Any:
         if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
             # Transformers reads a class's source to see whether it may switch; a notebook's has none.
             self.config._attn_implementation_internal = wanted
+        chosen = self.config._attn_implementation
+        for module in self.modules():
+            # Copies of the configuration, as in T5's stacks, which Transformers before 5.23 forgets.
+            if isinstance(module, PreTrainedModel) and type(module.config) is type(self.config):
+                if "stof" in (chosen, module.config._attn_implementation):
+                    module.config._attn_implementation_internal = chosen
         _warn_if_dense(self, self.config._attn_implementation)
 
     return set_attn_implementation

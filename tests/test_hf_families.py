@@ -1,0 +1,160 @@
+"""Parity of "stof" with eager attention on tiny random models of many families."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, GENERATIVE_KINDS, TEXT_KINDS, Family, inputs_of
+
+import stof_hf.hf.attention as hf_attention
+
+TOLERANCE = 1e-4
+
+PRESENT = [f for f in FAMILIES if f.exists]
+TEXT = [f for f in PRESENT if f.kind in TEXT_KINDS]
+GENERATIVE = [f for f in PRESENT if f.kind in GENERATIVE_KINDS]
+
+
+def by_name(families: list[Family]) -> Any:
+    return pytest.mark.parametrize("family", families, ids=lambda f: f.name)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Counts the calls of the op, so that a model that bypasses "stof" cannot pass."""
+    count = [0]
+    original = hf_attention.attention
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        count[0] += 1
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(hf_attention, "attention", counted)
+    return count
+
+
+def output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(**inputs)
+    return out.logits_per_image if "logits_per_image" in out else out[0]
+
+
+def both(family: Family, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    model = family.build("eager")
+    expected = output(model, inputs)
+    model.set_attn_implementation("stof")
+    return expected, output(model, inputs)
+
+
+def error(expected: torch.Tensor, actual: torch.Tensor, rows: torch.Tensor | None = None) -> float:
+    difference = (expected - actual).abs()
+    return float((difference if rows is None else difference[rows]).max())
+
+
+def test_enough_families() -> None:
+    assert len(PRESENT) >= 40
+
+
+@by_name(PRESENT)
+def test_no_mask(family: Family, calls: list[int]) -> None:
+    assert error(*both(family, inputs_of(family))) <= TOLERANCE
+    assert calls[0] >= 2
+
+
+def padded(family: Family, side: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Inputs with padding in the second element, and which rows of the output are real."""
+    inputs = inputs_of(family)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[1, slice(14, None) if side == "right" else slice(0, 7)] = 0
+    inputs["attention_mask"] = mask
+    real = mask
+    if family.kind == "encdec":
+        real = torch.ones_like(inputs["decoder_input_ids"])
+        real[1, slice(6, None) if side == "right" else slice(0, 3)] = 0
+        inputs["decoder_attention_mask"] = real
+    return inputs, real.bool()
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@by_name(TEXT)
+def test_padding(family: Family, side: str) -> None:
+    inputs, real = padded(family, side)
+    assert error(*both(family, inputs), real) <= TOLERANCE
+
+
+def test_padding_llava() -> None:
+    family = next(f for f in PRESENT if f.name == "llava")
+    inputs = inputs_of(family)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, 30:] = 0
+    assert error(*both(family, inputs), inputs["attention_mask"].bool()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@by_name([f for f in TEXT if f.kind != "encdec"])
+def test_4d_mask(family: Family, kind: str) -> None:
+    if "4d" in family.skip:
+        pytest.skip(family.skip["4d"])
+    inputs = inputs_of(family)
+    length = inputs["input_ids"].shape[1]
+    allowed = torch.rand(2, 1, length, length, generator=torch.Generator().manual_seed(4)) < 0.5
+    allowed |= torch.eye(length, dtype=torch.bool)
+    if family.kind == "decoder":
+        allowed &= torch.ones(length, length, dtype=torch.bool).tril()
+    model = family.build("eager")
+    # Eager attention adds the mask, whatever its dtype: only a float one is defined for it.
+    additive = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    named = {"full_attention", "sliding_attention", "chunked_attention"}
+    layers = named.intersection(getattr(model.config, "layer_types", None) or ())
+
+    def given(mask: torch.Tensor) -> Any:
+        return {name: mask for name in layers} if layers else mask
+
+    expected = output(model, {**inputs, "attention_mask": given(additive)})
+    model.set_attn_implementation("stof")
+    actual = output(model, {**inputs, "attention_mask": given(allowed if kind == "bool" else additive)})
+    assert error(expected, actual) <= TOLERANCE
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@by_name(GENERATIVE)
+def test_generate(family: Family, cache: str) -> None:
+    if cache in family.skip:
+        pytest.skip(family.skip[cache])
+    inputs = inputs_of(family, length=12)
+    for name in ("decoder_input_ids",):
+        inputs.pop(name, None)
+    if family.kind == "decoder":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs["attention_mask"][1, :5] = 0
+    model = family.build("eager")
+    results = []
+    for implementation in ("eager", "stof"):
+        model.set_attn_implementation(implementation)
+        out = model.generate(
+            **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, cache_implementation=None if cache == "dynamic" else "static",
+            disable_compile=True, use_cache=True,
+        )  # fmt: skip
+        results.append(torch.stack(out.logits))
+    assert results[0].shape == results[1].shape
+    assert error(*results) <= TOLERANCE
+
+
+COMPILED = ["bert", "llama", "gemma2", "t5", "vit"]
+
+
+@by_name([f for f in PRESENT if f.name in COMPILED])
+def test_compile_fullgraph(family: Family) -> None:
+    inputs = inputs_of(family) if family.kind not in TEXT_KINDS else padded(family, "right")[0]
+    rows = None if family.kind not in TEXT_KINDS else padded(family, "right")[1]
+    model = family.build("eager")
+    expected = output(model, inputs)
+    model.set_attn_implementation("stof")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        actual = compiled(**inputs)[0]
+    assert error(expected, actual, rows) <= TOLERANCE

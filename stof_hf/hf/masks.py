@@ -20,7 +20,9 @@ from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask, structure_of
+from .patching import active
 from .recognise import chunks_from_zero, closed_form_text, pattern_of
+from .resolve import derive
 from .symbolic import is_opaque, names_tensor, recognise
 
 MaskFunction = Callable[..., torch.Tensor]
@@ -92,7 +94,12 @@ def stof_mask(
         mask = SparseMask.from_pattern(
             pattern, q_length, kv_length, q_offset=q_offset, kv_offset=kv_offset, device=device
         )
-    return mask if padding is None else mask.with_padding(padding)
+    mask = mask if padding is None else mask.with_padding(padding)
+    if mask.is_view:
+        # The step may be compiled, and a graph cannot derive these itself.
+        for key, extra in active.items():
+            derive(mask, extra, key)
+    return mask
 
 
 def _padding(

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, Literal
 from weakref import WeakSet, ref
 
@@ -16,35 +15,24 @@ from torch import nn
 from ..errors import MaskError, UnsupportedError
 from ..masks.pattern import And, Pattern
 from ..masks.patterns import Causal
-from ..masks.traced import both, text_of
+from ..masks.traced import text_of
 
 Kind = Literal["self", "cross", "all"]
 
 _CROSS = re.compile(r"cross|xattn|enc(oder)?_?dec|encoder_(decoder_)?att|src_att", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
 class Stamp:
-    """The pattern of attention layers, with what every call would compute from it."""
+    """The pattern of attention layers, with what every call would compute from it.
 
-    pattern: Pattern
-    cross: bool
+    Plain attributes, because torch.compile reads them.
+    """
 
-    @cached_property
-    def key(self) -> str:
-        return self.pattern.fingerprint
-
-    @cached_property
-    def causal(self) -> Pattern:
-        return Causal() & self.pattern
-
-    @cached_property
-    def text(self) -> str | None:
-        return text_of(self.pattern) if self.pattern.serializable else None
-
-    @cached_property
-    def causal_text(self) -> str:
-        return both(text_of(Causal()), self.required_text())
+    def __init__(self, pattern: Pattern, cross: bool):
+        self.pattern, self.cross = pattern, cross
+        self.key = pattern.fingerprint
+        self.causal = Causal() & pattern
+        self.text = text_of(pattern) if pattern.serializable else None
 
     def required_text(self) -> str:
         """The pattern as JSON text, which is how it enters a compiled graph."""

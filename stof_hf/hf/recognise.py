@@ -107,7 +107,8 @@ def pattern_of(
         if not is_opaque(expression):
             if not names_tensor(expression):
                 return Recognised(closed_form(expression), True)
-            return Recognised(_with_groups(expression, tensors, positions), False)
+            pattern = _with_groups(expression, tensors, positions)
+            return Recognised(pattern, not names_tensor(chunks_from_zero(expression)))
     except Exception:
         # Whatever the function does with symbols, its values decide.
         pass
@@ -143,12 +144,23 @@ def _with_groups(expression: Expression, tensors: list[torch.Tensor], positions:
         if kind == "same":
             return _groups(host[rest[0]], False)
         if kind == "chunk" and rest[1] is not None:
-            size, origin = rest[0], host[rest[1]]
-            group = torch.div(torch.arange(positions) - origin[:, None], size, rounding_mode="floor")
-            return _groups(group, False)
+            return _shifted_chunks(rest[0], tuple(host[rest[1]].tolist()), positions)
         return closed_form(part)
 
     return convert(expression)
+
+
+@lru_cache(maxsize=16)
+def _chunks_up_to(size: int, origins: tuple[int, ...], positions: int) -> Pattern:
+    at = torch.arange(positions) - torch.tensor(origins)[:, None]
+    return _groups(torch.div(at, size, rounding_mode="floor"), False)
+
+
+def _shifted_chunks(size: int, origins: tuple[int, ...], positions: int) -> Pattern:
+    """Chunks that begin at another position in each batch element; the same object for many steps."""
+    if not any(origins):
+        return Chunked(size)
+    return _chunks_up_to(size, origins, max(4096, 1 << (2 * positions - 1).bit_length()))
 
 
 def _groups(ids: torch.Tensor, negatives_excluded: bool) -> Pattern:

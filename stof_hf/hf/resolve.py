@@ -84,16 +84,20 @@ def _default_mask(
     if causal and kv_len > q_len:
         kv_len = keep = q_len
     elif q_len != kv_len and stamp is not None:
-        if q_len != 1 or not is_causal or stamp.cross:
+        if stamp.cross:
+            _require_position(q_len)
+        elif q_len == 1 and is_causal:
+            q_offset = kv_len - 1
+        else:
             raise UnsupportedError(
-                f"the pattern on {type(module).__name__} needs the positions of its {q_len} queries among {kv_len} keys, "
-                "and the model gives none: leave this module out (set_pattern(..., modules=...)); for a "
-                "pattern on cross-attention, generate with use_cache=False"
+                f"the pattern on {type(module).__name__} needs the positions of its {q_len} queries among "
+                f"{kv_len} keys, and the model gives none: leave this module out with "
+                "set_pattern(..., modules=...)"
             )
-        q_offset = kv_len - 1
     pattern = _CAUSAL if stamp is None else stamp.causal if causal else stamp.pattern
     if torch.compiler.is_compiling():
-        text = CAUSAL_TEXT if stamp is None else stamp.causal_text if causal else stamp.required_text()
+        text = CAUSAL_TEXT if stamp is None else stamp.required_text()
+        text = both(CAUSAL_TEXT, text) if causal and stamp is not None else text
         return TracedMask((1, 1, q_len, kv_len), text, q_offset=q_offset), keep
     return mask_for(pattern, q_len, kv_len, q_offset, device=query.device), keep
 
@@ -192,14 +196,19 @@ def _direct(pattern: Pattern, query: torch.Tensor, key: torch.Tensor) -> SparseM
 
 def with_pattern(mask: SparseMask | TracedMask, stamp: Stamp) -> SparseMask | TracedMask:
     """`mask` where the stamped pattern allows it as well; the padding stays."""
-    if stamp.cross and mask.shape[2] == 1:
-        raise UnsupportedError(
-            "a pattern on cross-attention needs the position of the query, which Transformers does not give "
-            "in cached decoding: generate with use_cache=False"
-        )
+    if stamp.cross:
+        _require_position(mask.shape[2])
     if isinstance(mask, TracedMask):
         return _traced_with_pattern(mask, stamp)
     return derive(mask, stamp.pattern, stamp.key)
+
+
+def _require_position(q_len: int) -> None:
+    if q_len == 1:
+        raise UnsupportedError(
+            "a pattern on cross-attention needs the query's position, which Transformers does not give "
+            "where tokens are generated one by one: remove it with stof_hf.set_pattern(model, None)"
+        )
 
 
 def derive(mask: SparseMask, pattern: Pattern, key: str) -> SparseMask:

@@ -74,6 +74,14 @@ class _Symbol:
     def new_zeros(self, *args: Any, **kwargs: Any) -> Truth:
         return Truth(FALSE)
 
+    def _opaque(self, *args: Any) -> Opaque:
+        return Opaque()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _opaque
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = __abs__ = _opaque
+    __le__ = __lt__ = __ge__ = __gt__ = __eq__ = __ne__ = _opaque
+    __hash__ = None  # type: ignore[assignment]
+
 
 class Truth(_Symbol):
     """A bool value for each (batch, head, query, key)."""
@@ -184,8 +192,6 @@ class Index(_Symbol):
                 return Truth(("same", self.table))
         return self._compare(other, 0, 0)
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class Distance(_Symbol):
     """Key minus query position (or the reverse) plus `shift`, or its absolute value."""
@@ -222,7 +228,6 @@ class Distance(_Symbol):
         Index.__gt__,
         lambda self, other: self._compare(other, 0, 0),
     )
-    __hash__ = None  # type: ignore[assignment]
 
 
 class Opaque(Truth):
@@ -231,12 +236,7 @@ class Opaque(Truth):
     def __init__(self) -> None:
         super().__init__(OPAQUE)
 
-    def _opaque(self, *args: Any) -> Opaque:
-        return self
-
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __floordiv__ = __mod__ = _opaque
-    __le__ = __lt__ = __ge__ = __gt__ = __eq__ = __ne__ = __invert__ = __abs__ = _opaque
-    __hash__ = None  # type: ignore[assignment]
+    __and__ = __rand__ = __or__ = __ror__ = __invert__ = _Symbol._opaque
 
 
 class _Lookups(TorchFunctionMode):
@@ -248,6 +248,8 @@ class _Lookups(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.Tensor.__getitem__:
+            if any(isinstance(a, _Symbol) for a in args):
+                return Opaque()
             return func(*args, **(kwargs or {}))
         tensor, index = args[0], args[1] if isinstance(args[1], tuple) else (args[1],)
         if not any(isinstance(i, _Symbol) for i in index):

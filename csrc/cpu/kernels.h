@@ -91,7 +91,7 @@ class Worker {
     tile_row.open(p_, b, h, first_row, rows);
     const int64_t n = tile_row.entries().size();
     const int64_t begin = n * part / parts, end = n * (part + 1) / parts;
-    if (rows <= W / 4) {
+    if (rows <= std::max(1, W / 8)) {
       for (int r = 0; r < rows; ++r)
         state[r] = row(b, h, first_row, r, begin, end, acc + r * value_pad_);
     } else if (rows <= W) {

@@ -14,7 +14,7 @@ from transformers.masking_utils import (
     prepare_padding_mask,
 )
 
-from ..errors import MaskError
+from ..errors import MaskError, UnsupportedError
 from ..masks import bits
 from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
@@ -62,6 +62,10 @@ def stof_mask(
     """
     device = torch.device(device)
     if isinstance(attention_mask, Pattern):
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("a Pattern as attention_mask cannot be compiled: use set_pattern")
+        # Without a cache, Transformers takes the number of keys from the mask, which has none.
+        kv_length = kv_length or q_length
         return mask_for(attention_mask, q_length, kv_length, q_offset, kv_offset, device=device)
     if attention_mask is not None and attention_mask.ndim != 2:
         return attention_mask

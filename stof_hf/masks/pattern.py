@@ -123,6 +123,16 @@ class Pattern:
         key = np.where(touched.contains(row, tile), key - key.min(initial=0) + 2, 0)
         return np.where(full.contains(row, tile), 1, key)
 
+    # What Transformers asks of the attention_mask that a model is called with.
+    ndim = 4
+    shape = torch.Size((1, 1, 0, 0))
+
+    def contiguous(self) -> Pattern:
+        return self
+
+    def to(self, *args: Any, **kwargs: Any) -> Pattern:
+        return self
+
     def __and__(self, other: Pattern) -> Pattern:
         return And((self, other)) if isinstance(other, Pattern) else NotImplemented
 

@@ -420,7 +420,7 @@ class Dense(Pattern):
         m = self.mask
         if not isinstance(m, torch.Tensor) or m.dtype != torch.bool or m.ndim not in (2, 4):
             raise MaskError("Dense needs a bool tensor [Sq, Sk] or [B, H, Sq, Sk]")
-        object.__setattr__(self, "_version", m._version)
+        object.__setattr__(self, "_version", None if m.is_inference() else m._version)
         if m.ndim == 4:
             object.__setattr__(self, "batch", m.shape[0] if m.shape[0] > 1 else None)
             object.__setattr__(self, "heads", m.shape[1] if m.shape[1] > 1 else None)

@@ -63,7 +63,7 @@ struct RowState {
   float max = -kInf, sum = 0;
 };
 
-// A quarter, an eighth, ... of the queries of a tile: the queries that one pass of the tile kernel holds in lanes.
+// The queries of a tile that one pass of the tile kernel holds in its lanes, and the keys listed for their next block.
 struct SubTile {
   int rows = 0;
   int64_t first_row = 0;
@@ -172,30 +172,23 @@ class Worker {
       const TileRow::Entry entry = tile_row.entries()[e];
       uint64_t words[kTile];
       const bool partial = tile_row.words(entry, words);
-      if (partial) {
-        std::fill(words + rows, words + kTile, 0);
-        transpose_bits(words);
-      }
+      if (partial) std::fill(words + rows, words + kTile, 0);
+      uint64_t some[kSubs], every[kSubs];
+      bool equal_rows = true;
       for (int s = 0; s < live; ++s) {
-        SubTile& sub = subs[s];
-        const int32_t base = entry.tile * kTile;
-        if (partial) {
-          const uint32_t all = (uint32_t)low_bits(sub.rows);
-          for (int c = 0; c < kTile; ++c) {
-            const uint32_t lanes = (uint32_t)(words[c] >> (s * R)) & all;
-            sub.keys[sub.count] = base + c;
-            sub.lanes[sub.count] = lanes;
-            sub.count += lanes != 0;
-            sub.masked |= lanes != 0 && lanes != all;
-          }
-        } else {
-          for (int c = 0; c < kTile; ++c) {
-            sub.keys[sub.count + c] = base + c;
-            sub.lanes[sub.count + c] = ~0u;
-          }
-          sub.count += kTile;
+        some[s] = partial ? 0 : ~0ull;
+        every[s] = ~0ull;
+        if (!partial) continue;
+        for (int r = s * R; r < s * R + subs[s].rows; ++r) {
+          some[s] |= words[r];
+          every[s] &= words[r];
         }
-        if (sub.count >= kBlock) block<NV>(sub, b, h);
+        equal_rows &= some[s] == every[s];
+      }
+      if (!equal_rows) transpose_bits(words);
+      for (int s = 0; s < live; ++s) {
+        list_keys(subs[s], entry.tile * kTile, some[s], every[s], words, s * R);
+        if (subs[s].count >= kBlock) block<NV>(subs[s], b, h);
       }
     }
     for (int s = 0; s < live; ++s) {
@@ -203,6 +196,32 @@ class Worker {
       if (sub.count) block<NV>(sub, b, h);
       unpack<NV>(sub, acc + (int64_t)s * R * value_pad_, state + s * R);
     }
+  }
+
+  // Appends the keys of one tile that some query of the sub-tile attends to. Word c of columns, from bit `shift` on,
+  // says which queries attend to key c; it is read only where they differ.
+  static void list_keys(SubTile& sub, int32_t base, uint64_t some, uint64_t every, const uint64_t* columns, int shift) {
+    int count = sub.count;
+    if (every == ~0ull) {
+      for (int c = 0; c < kTile; ++c) {
+        sub.keys[count + c] = base + c;
+        sub.lanes[count + c] = ~0u;
+      }
+      count += kTile;
+    } else if (some == every) {
+      for (; some; some &= some - 1, ++count) {
+        sub.keys[count] = base + __builtin_ctzll(some);
+        sub.lanes[count] = ~0u;
+      }
+    } else {
+      for (; some; some &= some - 1, ++count) {
+        const int c = __builtin_ctzll(some);
+        sub.keys[count] = base + c;
+        sub.lanes[count] = (uint32_t)(columns[c] >> shift);
+      }
+      sub.masked = true;
+    }
+    sub.count = count;
   }
 
   // Q^T [head_dim, R]; with Dot each lane holds two neighbouring elements of the head dimension.
@@ -219,8 +238,7 @@ class Worker {
             block[r] = vf{};
           } else if (Dot) {
             const float* q = reinterpret_cast<const float*>(query_row(b, h, sub.first_row + lane)) + d;
-            block[r] = vf{};
-            std::memcpy(&block[r], q, std::min<int64_t>(W, depth - d) * sizeof(float));
+            block[r] = depth - d >= W ? load(q) : load_part(q, depth - d);
           } else {
             const T* q = query_row(b, h, sub.first_row + lane) + d;
             block[r] = depth - d >= W ? load_wide(q) : load_part(q, depth - d);

@@ -81,7 +81,7 @@ def forward(
     if mask is None:
         mask_pointers, mask_sizes = (0,) * 7, (0, 0, 1, 0, 0, 0, 0)
     else:
-        valid, (rows, cols) = mask.kv_valid, mask.pattern_id.shape
+        valid = mask.kv_valid
         mask_pointers = (
             mask.pattern_id.data_ptr(),
             mask.row_ptr.data_ptr(),
@@ -91,13 +91,11 @@ def forward(
             mask.tile_bits.data_ptr(),
             0 if valid is None else valid.data_ptr(),
         )
-        patterns, tile_rows = mask.row_ptr.shape
         mask_sizes = (
-            cols if rows > 1 else 0,
-            1 if cols > 1 else 0,
-            patterns,
-            tile_rows - 1,
-            valid.shape[1] if valid is not None and valid.shape[0] > 1 else 0,
+            *_strides(mask.pattern_id),
+            mask.row_ptr.shape[0],
+            mask.row_ptr.shape[1] - 1,
+            0 if valid is None else _strides(valid)[0],
             int(mask.row_start),
             int(mask.col_start),
         )
@@ -141,6 +139,11 @@ def _check_rows(mask: SparseMask, q_len: int) -> None:
             f"rows {start} to {start + q_len} lie outside a mask of {rows} rows: build it for a "
             "longer sequence"
         )
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Strides of a tensor that broadcasts where its length is 1."""
+    return [stride if size > 1 else 0 for size, stride in zip(x.shape, x.stride(), strict=True)]
 
 
 def _without_broadcast(x: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
     try:
         return _load_or_build(cache_dir() / "kernels" / folder, name, compiler, sources, flags)
     except OSError as error:
-        problem = f"cannot write the kernel cache {cache_dir()} ({error})"
+        problem = f"cannot use the kernel cache {cache_dir()} ({error})"
     try:
         scratch = Path(tempfile.mkdtemp(prefix="stof_hf-"))
     except OSError as error:

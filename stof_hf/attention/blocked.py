@@ -1,7 +1,7 @@
-"""Attention under a SparseMask in plain torch operations, one tile row of queries at a time.
+"""Attention under a SparseMask in plain torch operations, a few tile rows of queries at a time.
 
-The cpu backend's path where no C++ compiler is found. Only keys that a tile row attends to are
-gathered, and at most a block of them is scored at once.
+The cpu backend's path where no C++ compiler is found. Only keys that some of these queries attend
+to are gathered, and at most a block of them is scored at once.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ..masks import bits
 from ..masks.bits import TILE
 from ..masks.sparse_mask import FULL, SparseMask
 
-_KEYS = 1024
+_ROWS = 2 * TILE
+_KEYS = 512
 _NO_KEY = float("-inf")
 
 
@@ -45,22 +46,23 @@ def forward(
     for b, h in _groups(mask, batch, heads):
         kv_heads = torch.arange(heads)[h] // (heads // k.shape[1])
         keys, values = k[b, kv_heads], v[b, kv_heads]
-        for start in range(0, q_len, TILE):
-            rows = slice(start, min(start + TILE, q_len))
-            queries = q[b, h, rows].float()
+        for start in range(0, q_len, _ROWS):
+            rows = slice(start, min(start + _ROWS, q_len))
+            queries = q[b, h, rows].float() * scale
             state = _Softmax(queries, value_dim)
             index, allowed = _row_keys(mask, b.start, h.start, rows, kv_len)
             for part in range(0, len(index), _KEYS):
-                cols = index[part : part + _KEYS]
+                cols = _as_slice(index[part : part + _KEYS])
                 keep = allowed[:, part : part + _KEYS]
                 if valid is not None:
                     keep = keep & valid[b if len(valid) > 1 else slice(None), :, :, cols]
-                scores = queries @ keys[:, :, cols].float().mT * scale
+                scores = queries @ keys[:, :, cols].float().mT
                 if softcap > 0:
-                    scores = softcap * (scores / softcap).tanh()
+                    scores.div_(softcap).tanh_().mul_(softcap)
                 if bias is not None:
-                    scores = scores + bias[b, h, rows][..., cols].float()
-                scores = scores.masked_fill(~keep, _NO_KEY)
+                    scores += bias[b, h, rows][..., cols]
+                if not keep.all():
+                    scores.masked_fill_(~keep, _NO_KEY)
                 state.add(scores, values[:, :, cols].float(), finite)
             if sinks is not None:
                 state.add_sink(sinks[h].float())
@@ -85,16 +87,17 @@ class _Softmax:
         return base
 
     def add(self, scores: torch.Tensor, values: torch.Tensor, finite: bool) -> None:
+        """Take in a block of scores, which are overwritten."""
+        seen = None if finite else scores != _NO_KEY
         base = self._raise(torch.maximum(self.top, scores.amax(-1)))
-        weights = (scores - base[..., None]).exp()
-        self.sum = self.sum + weights.sum(-1)
-        if finite:
-            self.out = self.out + weights @ values
+        weights = scores.sub_(base[..., None]).exp_()
+        self.sum += weights.sum(-1)
+        if seen is None:
+            self.out += weights @ values
             return
-        for part in torch.arange(scores.shape[-1]).split(16):
-            seen = (scores[..., part] != _NO_KEY)[..., None]
+        for part in torch.arange(weights.shape[-1]).split(16):
             terms = weights[..., part, None] * values[:, :, None, part]
-            self.out = self.out + torch.where(seen, terms, 0).sum(-2)
+            self.out += torch.where(seen[..., part, None], terms, 0).sum(-2)
 
     def add_sink(self, sinks: torch.Tensor) -> None:
         sinks = sinks[:, None].expand_as(self.top)
@@ -113,6 +116,12 @@ def _groups(mask: SparseMask | None, batch: int, heads: int) -> Iterator[tuple[s
         for j in range(shape[1]):
             b = slice(0, batch) if shape[0] == 1 else slice(i, i + 1)
             yield b, slice(0, heads) if shape[1] == 1 else slice(j, j + 1)
+
+
+def _as_slice(index: torch.Tensor) -> torch.Tensor | slice:
+    """An ascending index as a slice where it has no gap: a slice copies nothing."""
+    first, last = int(index[0]), int(index[-1])
+    return slice(first, last + 1) if last - first + 1 == len(index) else index
 
 
 def _row_keys(

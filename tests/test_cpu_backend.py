@@ -262,6 +262,23 @@ def test_scale_of_any_size_and_sign(attention, scale):
     check(attention(q, k, v, None, scale=scale), dense(q, k, v, scale=scale))
 
 
+def test_offsets_beyond_32_bits(attention):
+    try:
+        # Only the pages of the two heads are ever touched.
+        storage = torch.empty(2**31 + 4096, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("no address space for 4 GB")
+    q, k, v = make(1, 2, 2, 70, 90, 32, dtype=torch.float16)
+    far = []
+    for i, x in enumerate((q, k, v)):
+        strides = (0, 2**31 - 5760, 32, 1)
+        far.append(storage.as_strided(x.shape, strides, storage_offset=i * 3000).copy_(x))
+        want = dense(q, k, v, scale=0.2)
+        given = [q, k, v]
+        given[i] = far[i]
+        check(attention(*given, None, scale=0.2), want, torch.float16)
+
+
 def test_no_keys_and_no_queries(attention):
     q, k, v = make(1, 2, 2, 3, 0, 16)
     out, lse = attention(q, k, v, None, scale=1.0)

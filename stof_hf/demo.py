@@ -39,7 +39,8 @@ Batch = dict[str, torch.Tensor]
 def sentences() -> list[str]:
     """The sentences of the text that ships with the package, in order."""
     file = Path(__file__).parent / "data" / "alice.txt"
-    return datasets.load_dataset("text", data_files=str(file), split="train")["text"][:]
+    rows = datasets.load_dataset("text", data_files=str(file), split="train", streaming=True)
+    return [row["text"] for row in rows]
 
 
 def model_folder() -> Path:
@@ -97,7 +98,6 @@ def run(console: Console, *, model_path: Path | None = None, seq_len: int | None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
     folder = model_path or model_folder()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
 

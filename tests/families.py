@@ -66,7 +66,9 @@ class Family:
     def build(self, implementation: str = "eager") -> Any:
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.arguments)
-        model = getattr(transformers, self.model)._from_config(config, attn_implementation=implementation)
+        model = getattr(transformers, self.model)._from_config(
+            config, attn_implementation=implementation
+        )
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.data.mul_(self.scale)
@@ -97,7 +99,12 @@ def _causal(
 def _seq2seq(name: str, prefix: str, base: dict[str, Any] = _BART, **arguments: Any) -> Family:
     model = f"{prefix}MTModel" if prefix == "Marian" else f"{prefix}ForConditionalGeneration"
     return Family(
-        name, "encdec", f"{prefix}Config", model, {**base, **arguments}, scale=1.0 if base is _T5 else 3.0
+        name,
+        "encdec",
+        f"{prefix}Config",
+        model,
+        {**base, **arguments},
+        scale=1.0 if base is _T5 else 3.0,
     )
 
 
@@ -208,7 +215,10 @@ def inputs_of(family: Family, batch: int = 2, length: int = 21) -> dict[str, tor
         case "encoder" | "decoder":
             return {"input_ids": tokens(batch, length)}
         case "encdec":
-            return {"input_ids": tokens(batch, length), "decoder_input_ids": tokens(batch, 9, seed=3)}
+            return {
+                "input_ids": tokens(batch, length),
+                "decoder_input_ids": tokens(batch, 9, seed=3),
+            }
         case "whisper":
             return {"input_features": randn(batch, 8, 32), "decoder_input_ids": tokens(batch, 9)}
         case "vision":

@@ -128,7 +128,9 @@ INTERFACE = {
 def remote_folder(tmp_path: Path, kind: str) -> Path:
     source = REMOTE.replace("{kind}", kind).replace("{attention}", INTERFACE[kind])
     if kind == "own":
-        source = source.replace("from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n", "")
+        source = source.replace(
+            "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n", ""
+        )
     module = types.ModuleType(f"written_{kind}")
     sys.modules[module.__name__] = module
     exec(source, module.__dict__)
@@ -192,7 +194,9 @@ def test_composite_models_name_the_part(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation={"text_config": "stof"})
     assert loaded.config.text_config._attn_implementation == "stof"
-    assert close(run(model, **inputs_of(family("llava"))), run(loaded, **inputs_of(family("llava"))))
+    assert close(
+        run(model, **inputs_of(family("llava"))), run(loaded, **inputs_of(family("llava")))
+    )
 
 
 def test_switching_at_run_time() -> None:
@@ -230,7 +234,9 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     if weights is None:
         pytest.skip("the package holds no sentence-transformers folder")
     options = {"attn_implementation": "stof"}
-    model = sentence_transformers.SentenceTransformer(str(weights.parent), model_kwargs=options, device="cpu")
+    model = sentence_transformers.SentenceTransformer(
+        str(weights.parent), model_kwargs=options, device="cpu"
+    )
     assert model[0].auto_model.config._attn_implementation == "stof"
     sentences = ["a mask", "a much longer sentence about sparse attention masks"]
     sparse = model.encode(sentences, convert_to_tensor=True)
@@ -302,7 +308,9 @@ def test_unknown_argument_that_matters(name: str) -> None:
 def test_argument_that_the_models_own_attention_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     from stof_hf.hf import attention
 
-    def eager_attention_forward(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> None:
+    def eager_attention_forward(
+        module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any
+    ) -> None:
         return kwargs.get("temperature")
 
     class Layer(nn.Module):
@@ -315,7 +323,9 @@ def test_argument_that_the_models_own_attention_reads(monkeypatch: pytest.Monkey
     attention._unsafe_names.cache_clear()
     with pytest.raises(UnsupportedError, match="passes temperature"):
         stof_attention(Layer(), *qkv(), None, temperature=2.0)
-    stof_attention(Layer(), *qkv(), None, position_ids=torch.zeros(1), use_cache=True, num_items_in_batch=3)
+    stof_attention(
+        Layer(), *qkv(), None, position_ids=torch.zeros(1), use_cache=True, num_items_in_batch=3
+    )
 
 
 def test_dtypes() -> None:
@@ -487,8 +497,12 @@ def test_training_gradients(name: str, checkpointing: bool) -> None:
 
 def test_device_map_and_half_precision(tmp_path: Path) -> None:
     small_bert().save_pretrained(tmp_path)
-    model = AutoModel.from_pretrained(tmp_path, attn_implementation="stof", device_map="cpu", dtype=torch.bfloat16)
-    reference = AutoModel.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.bfloat16)
+    model = AutoModel.from_pretrained(
+        tmp_path, attn_implementation="stof", device_map="cpu", dtype=torch.bfloat16
+    )
+    reference = AutoModel.from_pretrained(
+        tmp_path, attn_implementation="eager", dtype=torch.bfloat16
+    )
     assert float((run(model, input_ids=IDS) - run(reference, input_ids=IDS)).abs().max()) <= 0.1
 
 

@@ -114,7 +114,9 @@ def test_4d_mask(family: Family, kind: str) -> None:
 
     expected = output(model, {**inputs, "attention_mask": given(additive)})
     model.set_attn_implementation("stof")
-    actual = output(model, {**inputs, "attention_mask": given(allowed if kind == "bool" else additive)})
+    actual = output(
+        model, {**inputs, "attention_mask": given(allowed if kind == "bool" else additive)}
+    )
     assert error(expected, actual) <= TOLERANCE
 
 

@@ -41,7 +41,9 @@ GROUPED = {
     "packed": and_masks(
         masking_utils.packed_sequence_mask_function(GROUPS), masking_utils.causal_mask_function
     ),
-    "blockwise": or_masks(masking_utils.causal_mask_function, masking_utils.blockwise_overlay(BLOCKS)),
+    "blockwise": or_masks(
+        masking_utils.causal_mask_function, masking_utils.blockwise_overlay(BLOCKS)
+    ),
     "chunked": masking_utils.chunked_causal_mask_function(4, LEFT),
     "negative-groups": masking_utils.packed_sequence_mask_function(BLOCKS),
 }
@@ -74,7 +76,14 @@ def both(function: Callable[..., Any], geometry: tuple[int, int, Any, int], **kw
     return dense(expected, shape), dense(stof_mask(**arguments), shape)
 
 
-GEOMETRIES = [(10, 10, 0, 0), (3, 10, 7, 0), (1, 10, 9, 0), (1, 6, 9, 4), (2, 7, 6, 2), (10, 10, 0, 0)]
+GEOMETRIES = [
+    (10, 10, 0, 0),
+    (3, 10, 7, 0),
+    (1, 10, 9, 0),
+    (1, 6, 9, 4),
+    (2, 7, 6, 2),
+    (10, 10, 0, 0),
+]
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -120,7 +129,9 @@ def test_geometry(
     kv_length = past + q_length - kv_offset
     padding = None
     if padded:
-        padding = torch.rand(2, past + q_length, generator=torch.Generator().manual_seed(past)) < 0.8
+        padding = (
+            torch.rand(2, past + q_length, generator=torch.Generator().manual_seed(past)) < 0.8
+        )
     geometry = (q_length, kv_length, past, kv_offset)
     expected, actual = both(function, geometry, attention_mask=padding)
     assert torch.equal(expected, actual)
@@ -149,12 +160,24 @@ def test_transformers_functions_become_the_patterns_of_that_name() -> None:
 def test_single_index_functions() -> None:
     """use_vmap=True: the function takes single indices, and may branch on tensors only."""
 
-    def function(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def function(
+        b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
         return torch.where(GROUPS[b][q] == 1, k % 2 == 0, k <= q)
 
     for geometry in GEOMETRIES:
         expected, actual = both(function, geometry, attention_mask=None, use_vmap=True)
         assert torch.equal(expected, actual)
+
+
+def test_functions_that_branch_are_not_recognised() -> None:
+    for function in (
+        lambda b, h, q, k: (k <= q) if q > 2 else (k > q),
+        lambda b, h, q, k: (k <= q) and (k > q - 3),
+        lambda b, h, q, k: k <= max(q, 3),
+        lambda b, h, q, k: k <= [3, 4][q],
+    ):
+        assert isinstance(pattern_of(function, 10, False, False, 1).pattern, patterns.Custom)
 
 
 SKIPS = [
@@ -165,9 +188,18 @@ SKIPS = [
     {"q_length": 5, "kv_length": 5, "local_size": 4},
     {"q_length": 5, "kv_length": 5, "local_size": 6},
     {"q_length": 5, "kv_length": 5, "allow_is_causal_skip": False},
-    {"q_length": 5, "kv_length": 5, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": True},
+    {
+        "q_length": 5,
+        "kv_length": 5,
+        "allow_is_causal_skip": False,
+        "allow_is_bidirectional_skip": True,
+    },
     {"q_length": 5, "kv_length": 5, "attention_mask": torch.ones(2, 5, dtype=torch.bool)},
-    {"q_length": 5, "kv_length": 5, "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()},
+    {
+        "q_length": 5,
+        "kv_length": 5,
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool(),
+    },
 ]
 
 
@@ -182,14 +214,20 @@ def test_prepared_masks_pass_through() -> None:
     made = SparseMask.from_pattern(patterns.Causal(), 4)
     assert stof_mask(batch_size=1, q_length=4, kv_length=4, attention_mask=made) is made
     from_pattern = stof_mask(
-        batch_size=1, q_length=2, kv_length=6, q_offset=4, attention_mask=patterns.SlidingWindow(1, 0)
+        batch_size=1,
+        q_length=2,
+        kv_length=6,
+        q_offset=4,
+        attention_mask=patterns.SlidingWindow(1, 0),
     )
     assert from_pattern.to_dense()[0, 0].int().tolist() == [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
 
 
 def test_every_mask_creator() -> None:
     """All create_*_mask functions of Transformers, with and without caches and packed inputs."""
-    config = LlamaConfig(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, sliding_window=4)
+    config = LlamaConfig(
+        hidden_size=8, num_attention_heads=1, num_hidden_layers=1, sliding_window=4
+    )
     config.attention_chunk_size = 4
     embeds = torch.zeros(2, 10, 8)
     padding = torch.ones(2, 10, dtype=torch.long)
@@ -245,9 +283,15 @@ def test_generating_256_tokens_builds_few_masks(name: str, builds: list[int]) ->
 
 def test_a_mask_is_shared_by_forwards() -> None:
     arguments = {"batch_size": 2, "q_length": 70, "kv_length": 70, "allow_is_causal_skip": False}
-    first = stof_mask(mask_function=masking_utils.sliding_window_causal_mask_function(9), **arguments)
-    again = stof_mask(mask_function=masking_utils.sliding_window_causal_mask_function(9), **arguments)
-    other = stof_mask(mask_function=masking_utils.sliding_window_causal_mask_function(8), **arguments)
+    first = stof_mask(
+        mask_function=masking_utils.sliding_window_causal_mask_function(9), **arguments
+    )
+    again = stof_mask(
+        mask_function=masking_utils.sliding_window_causal_mask_function(9), **arguments
+    )
+    other = stof_mask(
+        mask_function=masking_utils.sliding_window_causal_mask_function(8), **arguments
+    )
     assert first is again and first is not other
 
 
@@ -270,7 +314,9 @@ def test_unknown_functions_are_cached_by_what_they_read() -> None:
 def test_static_cache_length_is_not_read() -> None:
     """The offset that a mask carries is a copy: the cache adds to its own in place."""
     length = torch.tensor(5)
-    mask = stof_mask(batch_size=1, q_length=1, kv_length=16, q_offset=length, allow_is_causal_skip=False)
+    mask = stof_mask(
+        batch_size=1, q_length=1, kv_length=16, q_offset=length, allow_is_causal_skip=False
+    )
     length.add_(7)
     assert mask.row_start.tolist() == [5]
     assert mask.to_dense()[0, 0, 0].sum() == 6
@@ -283,7 +329,10 @@ def test_static_cache_continued_with_many_tokens() -> None:
     outputs = []
     for implementation in ("eager", "stof"):
         model = family.build(implementation)
-        for made in (StaticCache(config=model.config, max_cache_len=64), DynamicCache(config=model.config)):
+        for made in (
+            StaticCache(config=model.config, max_cache_len=64),
+            DynamicCache(config=model.config),
+        ):
             with torch.no_grad():
                 model(input_ids=ids[:, :20], past_key_values=made)
                 outputs.append(model(input_ids=ids[:, 20:], past_key_values=made).logits)

@@ -76,7 +76,10 @@ def test_patterns_add_up_and_modules_are_chosen_by_name() -> None:
     masks = [additive(values(narrow, ids.shape[1])), additive(values(narrow & left, ids.shape[1]))]
     for layer, mask in zip(eager.encoder.layer, masks, strict=True):
         layer.register_forward_pre_hook(
-            lambda module, args, kwargs, mask=mask: ((args[0], mask[None, None], *args[2:]), kwargs),
+            lambda module, args, kwargs, mask=mask: (
+                (args[0], mask[None, None], *args[2:]),
+                kwargs,
+            ),
             with_kwargs=True,
         )
     assert close(run(eager, input_ids=ids), run(model, input_ids=ids))
@@ -102,7 +105,12 @@ def test_t5_generate_with_patterns() -> None:
     model = family("t5").build("stof")
     ids = inputs_of(family("t5"))["input_ids"]
     stof_hf.set_pattern(model, LONG)
-    options = {"max_new_tokens": 9, "min_new_tokens": 9, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 9,
+        "min_new_tokens": 9,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     cached = model.generate(ids, use_cache=True, **options)
     full = model.generate(ids, use_cache=False, **options)
     assert close(torch.stack(cached.logits), torch.stack(full.logits))
@@ -113,8 +121,14 @@ def test_cross_attention_pattern() -> None:
     inputs = inputs_of(family("t5"))
     dense = run(model, **inputs)
     stof_hf.set_pattern(model, patterns.SlidingWindow(1, 3), kind="cross")
-    stamped = [n for n, m in model.named_modules() if "_stof_stamp" in m.__dict__ and n.endswith("Attention")]
-    assert stamped == [f"decoder.block.{i}.layer.1.{m}" for i in (0, 1) for m in ("EncDecAttention",)]
+    stamped = [
+        n
+        for n, m in model.named_modules()
+        if "_stof_stamp" in m.__dict__ and n.endswith("Attention")
+    ]
+    assert stamped == [
+        f"decoder.block.{i}.layer.1.{m}" for i in (0, 1) for m in ("EncDecAttention",)
+    ]
     assert not close(dense, run(model, **inputs))
     with pytest.raises(stof_hf.UnsupportedError, match="one by one"):
         model.generate(inputs["input_ids"], max_new_tokens=3, min_new_tokens=3)
@@ -160,7 +174,9 @@ def test_vision_language_model(tmp_path: Path) -> None:
     text_only = run(model, **inputs)
     assert not close(dense, text_only)
     assert model.config.text_config.stof == model.config.vision_config.stof == model.config.stof
-    vision = model.get_submodule("model.vision_tower") if hasattr(model, "model") else model.vision_tower
+    vision = (
+        model.get_submodule("model.vision_tower") if hasattr(model, "model") else model.vision_tower
+    )
     assert not any("_stof_stamp" in m.__dict__ for m in vision.modules())
     model.save_pretrained(tmp_path)
     reloaded = type(model).from_pretrained(tmp_path)
@@ -208,7 +224,9 @@ def test_loading_without_stof_hf_fails(tmp_path: Path) -> None:
     stof_hf.set_pattern(model, LONG)
     model.save_pretrained(tmp_path)
     code = f"from transformers import AutoModel; AutoModel.from_pretrained({str(tmp_path)!r})"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode != 0
     assert "stof" in result.stderr.splitlines()[-1] and "ValueError" in result.stderr
 
@@ -220,7 +238,9 @@ def test_loading_compiles_with_the_pattern(tmp_path: Path) -> None:
     expected = run(model, input_ids=ids)
     model.save_pretrained(tmp_path)
     torch._dynamo.reset()
-    compiled = torch.compile(AutoModel.from_pretrained(tmp_path).eval(), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        AutoModel.from_pretrained(tmp_path).eval(), fullgraph=True, backend="eager"
+    )
     assert close(expected, run(compiled, input_ids=ids))
 
 
@@ -248,7 +268,10 @@ def test_function_patterns_need_persist_false() -> None:
         assert not hasattr(model.config, "stof")
         stof_hf.set_pattern(model, pattern, persist=False)
         eager = family("llama").build("eager")
-        allowed = values(pattern, ids.shape[1]) & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        allowed = (
+            values(pattern, ids.shape[1])
+            & torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        )
         assert close(run(eager, input_ids=ids, attention_mask=additive(allowed[None, None])),
                      run(model, input_ids=ids))  # fmt: skip
         stof_hf.set_pattern(model, None)
@@ -281,12 +304,22 @@ def test_sub_model_patterns_are_kept_apart(tmp_path: Path) -> None:
 
 
 def test_names() -> None:
-    assert matches("*.layers.0", "model.layers.0.self_attn") and not matches("*.layers.0", "model.layers.01.x")
+    assert matches("*.layers.0", "model.layers.0.self_attn") and not matches(
+        "*.layers.0", "model.layers.01.x"
+    )
     assert matches("encoder", "encoder.layer.0") and not matches("layer.0", "encoder.layer.0")
     linear = torch.nn.Linear(1, 1)
-    for name in ("decoder.block.0.layer.1.EncDecAttention", "layers.1.encoder_attn", "layer.0.crossattention"):
+    for name in (
+        "decoder.block.0.layer.1.EncDecAttention",
+        "layers.1.encoder_attn",
+        "layer.0.crossattention",
+    ):
         assert is_cross_attention(linear, name)
-    for name in ("encoder.layer.0.attention.self", "decoder.layers.0.self_attn", "encoder_decoder.layers.0.attn"):
+    for name in (
+        "encoder.layer.0.attention.self",
+        "decoder.layers.0.self_attn",
+        "encoder_decoder.layers.0.attn",
+    ):
         assert not is_cross_attention(linear, name)
 
 

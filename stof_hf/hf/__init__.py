@@ -1,4 +1,4 @@
-"""The integration with Transformers: attention and mask functions named "stof", and patterns on models."""
+"""The integration with Transformers: functions named "stof", and patterns on models."""
 
 from .patching import set_pattern
 
@@ -6,7 +6,7 @@ __all__ = ["register", "set_pattern"]
 
 
 def register() -> None:
-    """Register "stof" with Transformers. `import stof_hf` calls this; a second call changes nothing."""
+    """Register "stof" with Transformers; `import stof_hf` does. Again, it changes nothing."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

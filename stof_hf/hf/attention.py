@@ -46,15 +46,16 @@ def stof_attention(
         module: the attention layer; its pattern (see `set_pattern`) applies on top of the mask.
         query: [B, H, Sq, D]. key, value: [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv], not expanded.
         attention_mask: a SparseMask or TracedMask as the mask function makes them; a Pattern; a
-            FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq, Sk]; or None,
-            which means causal if `is_causal`, else all.
+            FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq, Sk]; or
+            None, which means causal if `is_causal`, else all.
         dropout: must be 0 in training.
         scaling: factor on the scores, 1 / sqrt(D) by default.
         is_causal: what None as a mask means; by default `module.is_causal`.
         softcap: as in Gemma 2. s_aux: [H], sinks as in gpt-oss. position_bias: added to the scores.
-        sliding_window: not used, the mask has the window: Transformers gives it to kernels without masks.
-        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], bounds of packed documents, where no mask
-            says them. max_length_q, max_length_k: implied by them.
+        sliding_window: not used, the mask has the window: Transformers gives it to kernels without
+            masks.
+        cu_seq_lens_q, cu_seq_lens_k: int32 [documents + 1], bounds of packed documents, where no
+            mask says them. max_length_q, max_length_k: implied by them.
 
     Returns:
         ([B, Sq, H, Dv] contiguous in query's dtype, None).
@@ -77,8 +78,9 @@ def stof_attention(
                 stamp_pending()
         if output_attentions:
             raise UnsupportedError(
-                "attn_implementation='stof' never holds the attention weights, so output_attentions=True "
-                'has nothing to return: call model.set_attn_implementation("eager") for them'
+                'attn_implementation="stof" never holds the attention weights that '
+                "output_attentions=True asks for: call "
+                'model.set_attn_implementation("eager") to get them'
             )
         stamp = module.__dict__.get("_stof_stamp")
         if key.shape[0] != query.shape[0]:
@@ -104,7 +106,8 @@ def stof_attention(
             "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap,
             "s_aux": s_aux, "position_bias": position_bias, **kwargs,
         }  # fmt: skip
-        return _sdpa(error, module, query, key, value, attention_mask, arguments)
+        packed = (cu_seq_lens_q, cu_seq_lens_k)
+        return _sdpa(error, module, query, key, value, attention_mask, packed, arguments)
 
 
 # Arguments that change what is computed although not every model's own attention names them.
@@ -112,14 +115,15 @@ _HARMFUL = {"cache", "head_mask", "layer_head_mask", "alibi", "indices", "block_
 
 
 def _check_kwargs(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Raise for a keyword argument that the model's own eager attention reads and this one does not."""
+    """Raise for an argument that the model's own attention reads and this one does not."""
     compiling = torch.compiler.is_compiling()
     names = (_unsafe_names_traced if compiling else _unsafe_names)(type(module), *kwargs)
     given = [name for name in names if kwargs[name] is not None]
     if given:
         raise UnsupportedError(
-            f"{type(module).__name__} passes {', '.join(given)} to its attention, which changes the result "
-            'and is not supported: load the model with attn_implementation="sdpa" or "eager", or set '
+            f"{type(module).__name__} passes {', '.join(given)} to its attention, which changes "
+            "the result and is not supported: load the model with "
+            'attn_implementation="sdpa" or "eager", or set '
             'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}'
         )
 
@@ -142,7 +146,9 @@ def _names_read_by_eager(cls: type) -> set[str]:
         eager = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
         code = getattr(eager, "__code__", None)
         if code is not None:
-            strings = {const for const in code.co_consts if isinstance(const, str) and const.isidentifier()}
+            strings = {
+                const for const in code.co_consts if isinstance(const, str) and const.isidentifier()
+            }
             count = code.co_argcount + code.co_kwonlyargcount
             return strings | set(code.co_varnames[:count])
     return set()
@@ -156,8 +162,8 @@ def _collects_weights() -> bool:
 def _no_dropout(dropout: float) -> UnsupportedError:
     return UnsupportedError(
         f"attention dropout {dropout} in training is not supported: set it to 0 when loading "
-        "(attention_dropout=0.0, or attention_probs_dropout_prob, attn_pdrop, dropout_rate: the name "
-        "depends on the model), call model.eval(), or set "
+        "(attention_dropout=0.0; some models call it attention_probs_dropout_prob, attn_pdrop or "
+        "dropout_rate), call model.eval(), or set "
         'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []} to train through sdpa'
     )
 
@@ -178,6 +184,7 @@ def _sdpa(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: Any,
+    packed: tuple[torch.Tensor | None, torch.Tensor | None],
     arguments: dict[str, Any],
 ) -> Output:
     """Transformers' own sdpa with the same mask, and one warning a reason."""
@@ -190,8 +197,9 @@ def _sdpa(
         _warned.add(reason)
         warnings.warn(f"falling back to sdpa. {reason}", StofWarning, stacklevel=3)
     bias = arguments.pop("position_bias")
+    stamp = module.__dict__.get("_stof_stamp")
     mask, bias, key, value = resolve_mask(
-        module, module.__dict__.get("_stof_stamp"), query, key, value, mask, arguments["is_causal"], bias, None, None
+        module, stamp, query, key, value, mask, arguments["is_causal"], bias, *packed
     )
     if mask is not None:
         mask = mask.to_dense()

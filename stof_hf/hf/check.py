@@ -1,9 +1,9 @@
 """Which models may load with "stof": a wrapper of two methods of Transformers' PreTrainedModel.
 
-Transformers lets every model load with any registered attention name, also those that compute attention
-on their own and never look at it (Longformer, BigBird, BLOOM). Such a model would run as before and
-look as if it were sparse. The wrappers below add to Transformers' own check, which runs in every model's
-constructor and in `set_attn_implementation`:
+Transformers lets every model load with any registered attention name, also those that compute
+attention on their own and never look at it (Longformer, BigBird, BLOOM). Such a model would run as
+before and look as if it were sparse. The wrappers below add to Transformers' own check, which runs
+in every model's constructor and in `set_attn_implementation`:
 
 - a model class that bypasses the attention interface raises UnsupportedError for "stof";
 - a model made from a configuration with patterns is noted, so that its layers get them;
@@ -66,7 +66,9 @@ def _wrap_set(original: Any) -> Any:
             wanted = wanted.get("")
         if wanted in _NAMES and not uses_interface(type(self)):
             wanted = _refuse(self)
-            attn_implementation = wanted if isinstance(attn_implementation, str) else attn_implementation
+            attn_implementation = (
+                wanted if isinstance(attn_implementation, str) else attn_implementation
+            )
         if isinstance(attn_implementation, str) and attn_implementation in _NAMES:
             for module in self.modules():
                 if isinstance(module, PreTrainedModel) and not uses_interface(type(module)):
@@ -74,15 +76,17 @@ def _wrap_set(original: Any) -> Any:
         if attn_implementation is not None:
             original(self, attn_implementation, *args, **kwargs)
         if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
-            # Transformers reads a class's source to see whether it may switch; a notebook's has none.
+            # Transformers reads a class's source to see whether it may; a notebook's has none.
             self.config._attn_implementation_internal = wanted
         chosen = self.config._attn_implementation
         for module in self.modules():
-            # Copies of the configuration, as in T5's stacks, which Transformers before 5.23 forgets.
-            if isinstance(module, PreTrainedModel) and type(module.config) is type(self.config):
-                if "stof" in (chosen, module.config._attn_implementation):
-                    module.config._attn_implementation_internal = chosen
-        _warn_if_dense(self, self.config._attn_implementation)
+            if not isinstance(module, PreTrainedModel):
+                continue
+            # Copies of the configuration, as in T5's stacks: Transformers before 5.23 forgets them.
+            copied = type(module.config) is type(self.config)
+            if copied and "stof" in (chosen, module.config._attn_implementation):
+                module.config._attn_implementation_internal = chosen
+        _warn_if_dense(self, chosen)
 
     return set_attn_implementation
 
@@ -91,9 +95,9 @@ def _refuse(model: PreTrainedModel) -> None:
     """Raise for a model that bypasses the interface, or warn where its configuration says so."""
     name = type(model).__name__
     message = (
-        f'{name} computes attention on its own and would ignore attn_implementation="stof": load it without '
-        'attn_implementation; where it is a part of a larger model, name the other parts, as in '
-        'attn_implementation={"text_config": "stof"}'
+        f'{name} computes attention on its own and would ignore attn_implementation="stof": load '
+        "it without attn_implementation; where it is a part of a larger model, name the other "
+        'parts, as in attn_implementation={"text_config": "stof"}'
     )
     if (getattr(model.config, "stof", None) or {}).get("fallback") != "sdpa":
         raise UnsupportedError(message)
@@ -101,10 +105,13 @@ def _refuse(model: PreTrainedModel) -> None:
 
 
 def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
-    if chosen not in _NAMES and patching.has_patterns(model):
+    if chosen in _NAMES or not patching.has_patterns(model):
+        return
+    if not any(patching.uses_stof(config) for config in patching.configs_of(model.config)):
         warnings.warn(
-            f'{type(model).__name__} has sparse attention patterns, which attn_implementation="{chosen}" '
-            'ignores: use "stof", or remove them with stof_hf.set_pattern(model, None)',
+            f"{type(model).__name__} has sparse attention patterns, which "
+            f'attn_implementation="{chosen}" ignores: use "stof", or remove them with '
+            "stof_hf.set_pattern(model, None)",
             StofWarning,
             stacklevel=3,
         )
@@ -114,9 +121,9 @@ def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
 def uses_interface(cls: type) -> bool:
     """Whether a model class's attention goes through Transformers' attention interface.
 
-    Looks at the attention classes of the module that defines the class: at the names that their code
-    refers to, not at source text, which notebooks and frozen applications lack. A module without
-    attention classes is taken to combine models that are checked on their own.
+    Looks at the attention classes of the module that defines the class: at the names that their
+    code refers to, not at source text, which notebooks and frozen applications lack. A module
+    without attention classes is taken to combine models that are checked on their own.
     """
     module = sys.modules.get(cls.__module__)
     classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []

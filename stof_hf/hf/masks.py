@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -50,20 +51,22 @@ def stof_mask(
         q_offset, kv_offset: absolute position of the first query and key. A tensor q_offset (static
             caches) is never read for steps of at most 16 tokens under a closed-form mask function.
         mask_function: f(b, h, q, k) -> bool on absolute positions.
-        attention_mask: bool [B, positions], padding; a Pattern, which replaces the mask function; or a
-            mask made earlier, which is returned unchanged.
+        attention_mask: bool [B, positions], padding; a Pattern, which replaces the mask function;
+            or a mask made earlier, which is returned unchanged.
         local_size: window or chunk size, where the mask function has one.
         allow_is_causal_skip, allow_is_bidirectional_skip: whether None may say causal, or all.
         use_vmap: the mask function takes single indices, not index tensors.
         device: where the mask will be used.
 
-    Returns None in the cases in which `sdpa_mask` does, except that the padding of a batch on a GPU is
-    not read to find out whether it is all ones.
+    Returns None in the cases in which `sdpa_mask` does, except that the padding of a batch on a
+    GPU is not read to find out whether it is all ones.
     """
     device = torch.device(device)
     if isinstance(attention_mask, Pattern):
         if torch.compiler.is_compiling():
-            raise UnsupportedError("a Pattern as attention_mask cannot be compiled: use set_pattern")
+            raise UnsupportedError(
+                "a Pattern given as attention_mask cannot be compiled: use stof_hf.set_pattern"
+            )
         # Without a cache, Transformers takes the number of keys from the mask, which has none.
         kv_length = kv_length or q_length
         return mask_for(attention_mask, q_length, kv_length, q_offset, kv_offset, device=device)
@@ -79,7 +82,9 @@ def stof_mask(
         q_offset = q_offset.reshape(1).clone()
     geometry = (q_length, kv_length, q_offset, kv_offset)
     if torch.compiler.is_compiling():
-        return _traced(mask_function, batch_size, geometry, padding, attention_mask, use_vmap, device)
+        return _traced(
+            mask_function, batch_size, geometry, padding, attention_mask, use_vmap, device
+        )
     pattern, cacheable = pattern_of(
         mask_function, kv_offset + kv_length, use_vmap, attention_mask is not None, batch_size
     )
@@ -101,8 +106,9 @@ def stof_mask(
     mask = mask if padding is None else mask.with_padding(padding)
     if mask.is_view:
         # The step may be compiled, and a graph cannot derive these itself.
-        for key, extra in active.items():
-            derive(mask, extra, key)
+        for key, extra in active.get(type(kwargs.get("config")), {}).items():
+            with contextlib.suppress(MaskError):  # raised again by the layers that it concerns
+                derive(mask, extra, key)
     return mask
 
 
@@ -114,7 +120,8 @@ def _padding(
         return None
     if attention_mask.shape[0] not in (1, batch_size):
         raise MaskError(
-            f"the attention mask is for a batch of {attention_mask.shape[0]}, the inputs are {batch_size}"
+            f"the attention mask is for a batch of {attention_mask.shape[0]}, the inputs are "
+            f"{batch_size}"
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)

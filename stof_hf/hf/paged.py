@@ -1,7 +1,7 @@
 """The attention function "paged|stof": continuous batching before Transformers 5.23.
 
-A step packs the new tokens of all requests into one row; the cache gives back all keys of each request,
-request after request. Cumulative lengths say where each begins.
+A step packs the new tokens of all requests into one row; the cache gives back all keys of each
+request, request after request. Cumulative lengths say where each begins.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def paged_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention of packed requests over a paged cache.
@@ -46,14 +47,16 @@ def paged_attention(
     """
     if cache is None or cu_seq_lens_q is None or cu_seq_lens_k is None:
         raise UnsupportedError(
-            'attn_implementation="paged|stof" is for continuous batching, which gives a paged cache: use "stof"'
+            'attn_implementation="paged|stof" is for continuous batching, which gives a paged '
+            'cache: use "stof"'
         )
     if module.__dict__.get("_stof_stamp") is not None:
         raise UnsupportedError(
-            "continuous batching knows no positions for patterns: use model.generate, or remove the pattern "
+            "continuous batching knows no positions for patterns: use model.generate, or remove "
+            "the pattern "
             "with stof_hf.set_pattern(model, None)"
         )
-    window = getattr(module, "sliding_window", None) or None
+    window = sliding_window or getattr(module, "sliding_window", None) or None
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k["sliding_attention" if window else "full_attention"]
     key, value = cache.update(

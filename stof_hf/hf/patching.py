@@ -1,4 +1,4 @@
-"""Patterns on the attention layers of a model: `set_pattern` and what the attention function looks up."""
+"""Patterns on the attention layers of a model: `set_pattern`, and what it writes on the layers."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Stamp:
         """The pattern as JSON text, which is how it enters a compiled graph."""
         if self.text is None:
             raise UnsupportedError(
-                f"the pattern {type(self.pattern).__name__} holds a function or tensor, which torch.compile "
-                "cannot take: use another pattern of stof_hf.patterns, or do not compile"
+                f"the pattern {type(self.pattern).__name__} holds a function or tensor, which "
+                "torch.compile cannot take: use another of stof_hf.patterns, or do not compile"
             )
         return self.text
 
@@ -76,7 +76,7 @@ def matches(glob: str, name: str) -> bool:
 
 
 def is_cross_attention(module: nn.Module, name: str) -> bool:
-    """Whether a layer attends to another sequence, by its attribute, its class or its last two names."""
+    """Whether a layer attends to another sequence: by its attribute, its class, its last names."""
     flag = getattr(module, "is_cross_attention", None)
     if isinstance(flag, bool):
         return flag
@@ -91,19 +91,20 @@ def set_pattern(
     kind: Kind = "self",
     persist: bool = True,
 ) -> None:
-    """Make attention layers of a model attend only where `pattern` allows it, on top of their own mask.
+    """Let attention layers attend only where `pattern` allows it, on top of their own mask.
 
     Args:
-        model: a Transformers model; it is switched to attn_implementation="stof" if it uses another.
+        model: a Transformers model; it is switched to attn_implementation="stof" if no part of it
+            uses that yet.
         pattern: a pattern on absolute positions (padding counts), or None to remove all patterns.
         modules: glob patterns of module names ("*.layers.0", "encoder.*"); a name stands for all
             attention layers below it. By default all layers of the kind.
         kind: "self" for self-attention, "cross" for cross-attention, or "all".
-        persist: also write the pattern to the configuration (`config.stof`), so that saving and loading
-            give the same sparse model.
+        persist: also write the pattern to the configuration (`config.stof`), so that saving and
+            loading give the same sparse model.
 
-    Several calls add up: a layer's pattern is the conjunction of all that apply to it. The patterns hold
-    in forward, in generate and in training.
+    Several calls add up: a layer's pattern is the conjunction of all that apply to it. The
+    patterns hold in forward, in generate and in training.
 
     Raises:
         MaskError: no module fits `modules`, or persist=True with a pattern that has no JSON form.
@@ -128,15 +129,17 @@ def set_pattern(
     if globs is not None:
         _require_match(model, rule)
     entry = rule.to_json() if persist else None
-    if model.config._attn_implementation != "stof":
+    if not any(map(uses_stof, _configs(model))):
         model.set_attn_implementation("stof")
     if persist:
         for config in _configs(model):
+            if config is not model.config and not uses_stof(config):
+                continue
             settings = dict(getattr(config, "stof", None) or {"version": 1, "fallback": "error"})
             settings["patterns"] = [*settings.get("patterns", ()), entry]
             config.stof = settings
             # Saved with the configuration, unlike the choice of attention itself.
-            config.attn_implementation = "stof"
+            config.attn_implementation = _choice(config)
     model.__dict__["_stof_rules"] = (*_rules(model), rule)
     _sparse_models.add(model)
     _stamp_all()
@@ -154,6 +157,7 @@ def _clear(model: nn.Module) -> None:
             del config.attn_implementation
     for module in model.modules():
         module.__dict__.pop("_stof_rules", None)
+        module.__dict__.pop("_stof_stamp", None)
     _stamp_all()
 
 
@@ -169,46 +173,60 @@ def _require_match(model: nn.Module, rule: Rule, prefix: str = "") -> None:
         )
 
 
-def _configs(model: nn.Module) -> Iterator[Any]:
+def _configs(model: nn.Module) -> list[Any]:
     """The configurations of a model and of everything inside it, each once."""
-    seen: set[int] = set()
+    own = [module.config for module in model.modules() if hasattr(module, "config")]
+    found = [config for top in own for config in configs_of(top)]
+    return list({id(config): config for config in found}.values())
 
-    def walk(config: Any) -> Iterator[Any]:
-        if config is None or id(config) in seen or not hasattr(config, "sub_configs"):
-            return
-        seen.add(id(config))
+
+def configs_of(config: Any) -> Iterator[Any]:
+    """A configuration and those inside it."""
+    if hasattr(config, "sub_configs"):
         yield config
         for key in config.sub_configs:
-            yield from walk(getattr(config, key, None))
+            yield from configs_of(getattr(config, key, None))
 
-    for module in model.modules():
-        yield from walk(getattr(module, "config", None))
+
+def uses_stof(config: Any) -> bool:
+    return config._attn_implementation == "stof"
+
+
+def _choice(config: Any) -> str | dict[str, str]:
+    """What to save as attn_implementation: "stof", or what each part uses where some do not."""
+    parts = {"": config} | {key: getattr(config, key, None) for key in config.sub_configs}
+    chosen = {key: part._attn_implementation for key, part in parts.items() if part is not None}
+    return chosen if "stof" in chosen.values() and set(chosen.values()) != {"stof"} else "stof"
 
 
 #: Models with rules.
 _sparse_models: WeakSet[nn.Module] = WeakSet()
 #: Models that were made from a configuration with patterns, whose layers did not exist yet.
 pending: list[ref[nn.Module]] = []
-#: The patterns in use, by fingerprint.
-active: dict[str, Pattern] = {}
+#: The patterns in use by models of a configuration class, by fingerprint.
+active: dict[type, dict[str, Pattern]] = {}
 
 
 def register(model: nn.Module) -> None:
     """Note a model that is being made from a configuration with patterns."""
     settings = getattr(model.config, "stof", None)
     if settings and settings.get("patterns"):
+        if settings.get("version") != 1:
+            raise MaskError(
+                f"the sparse patterns were saved in format {settings.get('version')!r}, and this "
+                "version of stof_hf reads format 1: install a newer one"
+            )
         model.__dict__["_stof_rules"] = tuple(map(Rule.from_json, settings["patterns"]))
         # Loading takes it off the configuration; saving again must keep it.
-        model.config.attn_implementation = "stof"
+        model.config.attn_implementation = _choice(model.config)
         pending.append(ref(model))
 
 
 def stamp_pending() -> bool:
     """Write the patterns of models made since the last call onto their layers; True."""
-    new = [model for model in (entry() for entry in pending) if model is not None]
+    _sparse_models.update(model for model in (entry() for entry in pending) if model is not None)
+    _stamp_all(check=True)
     pending.clear()
-    _sparse_models.update(new)
-    _stamp_all(check=new)
     return True
 
 
@@ -220,11 +238,11 @@ def _rules(model: nn.Module) -> tuple[Rule, ...]:
     return model.__dict__.get("_stof_rules", ())
 
 
-def _stamp_all(check: Iterable[nn.Module] = ()) -> None:
+def _stamp_all(check: bool = False) -> None:
     """Write on every layer of all models with rules the pattern that they add up to.
 
-    A model inside another carries a copy of its rules, whose names are the outer model's; what it has
-    beyond them was set on itself. Raises MaskError if a rule of a model in `check` fits no module.
+    A model inside another carries a copy of its rules, whose names are the outer model's; what it
+    has beyond them was set on itself. With `check`, raises MaskError if a rule fits no module.
     """
     active.clear()
     outermost_first = sorted(_sparse_models, key=lambda model: -sum(1 for _ in model.modules()))
@@ -234,9 +252,8 @@ def _stamp_all(check: Iterable[nn.Module] = ()) -> None:
         # A base model's layers go by their names in the model with a head, and the reverse.
         prefix = f"{getattr(model, 'base_model_prefix', '')}."
         own = [r for r in _rules(model) if r not in considered.get(model, {})]
-        if any(model is m for m in check):
-            for rule in own:
-                _require_match(model, rule, prefix)
+        for rule in own if check else ():
+            _require_match(model, rule, prefix)
         for name, module in model.named_modules():
             names = {name, prefix + name, name.removeprefix(prefix)}
             cross.setdefault(module, is_cross_attention(module, name))
@@ -246,13 +263,19 @@ def _stamp_all(check: Iterable[nn.Module] = ()) -> None:
                     held[rule] = rule.applies(names, cross[module])
         if not _rules(model):
             _sparse_models.discard(model)
+    stamps: dict[tuple[Pattern, bool], Stamp] = {}
     for module, held in considered.items():
         patterns = [rule.pattern for rule, applies in held.items() if applies]
         module.__dict__.pop("_stof_stamp", None)
         if patterns:
             pattern = patterns[0] if len(patterns) == 1 else And(tuple(patterns))
-            active[pattern.fingerprint] = pattern
-            module.__dict__["_stof_stamp"] = Stamp(pattern, cross[module])
+            key = (pattern, cross[module])
+            if key not in stamps:
+                stamps[key] = Stamp(*key)
+            module.__dict__["_stof_stamp"] = stamps[key]
+    extra = {stamp.key: stamp.pattern for stamp in stamps.values()}
+    for config in {type(c) for model in _sparse_models for c in _configs(model)} if extra else ():
+        active[config] = extra
 
 
 def has_patterns(model: nn.Module) -> bool:

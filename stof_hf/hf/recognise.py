@@ -157,7 +157,8 @@ def _chunks_up_to(size: int, origins: tuple[int, ...], positions: int) -> Patter
 
 
 def _shifted_chunks(size: int, origins: tuple[int, ...], positions: int) -> Pattern:
-    """Chunks that begin at another position in each batch element; the same object for many steps."""
+    """Chunks that begin at another position in each batch element; the same object for many
+    steps."""
     if not any(origins):
         return Chunked(size)
     return _chunks_up_to(size, origins, max(4096, 1 << (2 * positions - 1).bit_length()))
@@ -171,8 +172,8 @@ def _groups(ids: torch.Tensor, negatives_excluded: bool) -> Pattern:
 def _own_positions(part: Expression, host: list[torch.Tensor], same: list[int]) -> Expression:
     """Replace positions looked up in a tensor by the positions themselves, where both agree.
 
-    Packed sequences count positions from 0 in each sequence. Within a group whose looked-up positions
-    go up one by one, differences of positions are the same in both counts.
+    Packed sequences count positions from 0 in each sequence. Within a group whose looked-up
+    positions go up one by one, differences of positions are the same in both counts.
     """
     kind = part[0]
     if kind in ("all", "any", "not"):
@@ -207,10 +208,13 @@ def _elementwise(function: MaskFunction) -> MaskFunction:
 def structural_key(value: Any, alive: list[Any], depth: int = 0) -> Any:
     """A key that is equal for closures with the same code over the same values, or None.
 
-    Tensors count by identity and version, functions by their code and all that they reach; what counts
-    by identity is added to `alive`. None where something reached can change unnoticed.
+    Tensors count by identity and version, functions by their code and all that they reach; what
+    counts by identity is added to `alive`. None where something reached can change unnoticed.
     """
-    if isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device)) or value is None:
+    if (
+        isinstance(value, (bool, int, float, str, bytes, torch.dtype, torch.device))
+        or value is None
+    ):
         return (type(value).__name__, value)
     if isinstance(value, ModuleType):
         return ("module", value.__name__)

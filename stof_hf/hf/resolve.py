@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,11 +35,13 @@ def resolve_mask(
 ) -> tuple[Any, torch.Tensor | None, torch.Tensor, torch.Tensor]:
     """(mask, bias, key, value) for the op, with the layer's own pattern applied.
 
-    See `stof_attention` for the arguments. An additive mask becomes part of the bias; keys and values
-    are cut where a static cache is longer than what causal attention can see.
+    See `stof_attention` for the arguments. An additive mask becomes part of the bias; keys and
+    values are cut where a static cache is longer than what causal attention can see.
     """
     if mask is None:
-        mask, q_len = _default_mask(module, stamp, query, key, is_causal, cu_seq_lens_q, cu_seq_lens_k)
+        mask, q_len = _default_mask(
+            module, stamp, query, key, is_causal, cu_seq_lens_q, cu_seq_lens_k
+        )
         if q_len is not None and q_len < key.shape[2]:
             key, value = key[:, :, :q_len], value[:, :, :q_len]
             bias = bias[..., :q_len] if bias is not None and bias.shape[-1] > q_len else bias
@@ -90,11 +93,13 @@ def _default_mask(
             q_offset = kv_len - 1
         else:
             raise UnsupportedError(
-                f"the pattern on {type(module).__name__} needs the positions of its {q_len} queries among "
-                f"{kv_len} keys, and the model gives none: leave this module out with "
-                "set_pattern(..., modules=...)"
+                f"the pattern on {type(module).__name__} needs the positions of its {q_len} "
+                f"queries among {kv_len} keys, and the model gives none: leave this module out "
+                "with set_pattern(..., modules=...)"
             )
     pattern = _CAUSAL if stamp is None else stamp.causal if causal else stamp.pattern
+    if stamp is not None:
+        require_positions(stamp.pattern, max(q_offset + q_len, kv_len))
     if torch.compiler.is_compiling():
         text = CAUSAL_TEXT if stamp is None else stamp.required_text()
         text = both(CAUSAL_TEXT, text) if causal and stamp is not None else text
@@ -114,14 +119,15 @@ def _given(mask: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[Any, torc
     if isinstance(mask, Pattern):
         if q_len != kv_len:
             raise MaskError(
-                f"a pattern was given for {q_len} queries and {kv_len} keys, whose positions are not known: "
-                "give SparseMask.from_pattern(pattern, q_len, kv_len, q_offset=...) instead"
+                f"a pattern was given for {q_len} queries and {kv_len} keys, whose positions are "
+                "not known: give SparseMask.from_pattern(pattern, q_len, kv_len, q_offset=...)"
             )
         return _direct(mask, query, key), None
     if isinstance(mask, torch.Tensor):
         if mask.ndim != 4:
             raise MaskError(
-                f"expected a mask [batch, heads, queries, keys] at the attention layer, not {list(mask.shape)}"
+                "expected a mask [batch, heads, queries, keys] at the attention layer, not "
+                f"{list(mask.shape)}"
             )
         if torch.compiler.is_compiling():
             return _dense_in_graph(mask)
@@ -129,7 +135,8 @@ def _given(mask: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[Any, torc
     if type(mask).__name__ == "BlockMask":
         return _cached(mask, lambda m: (SparseMask.from_block_mask(m), None))
     raise MaskError(
-        f"{type(mask).__name__} is no mask: give a SparseMask, a Pattern, a BlockMask, or a bool or float tensor"
+        f"{type(mask).__name__} is no mask: give a SparseMask, a Pattern, a BlockMask, or a bool "
+        "or float tensor"
     )
 
 
@@ -149,7 +156,7 @@ def _cached(mask: Any, convert: Any) -> Any:
 
 
 def _dense(mask: torch.Tensor) -> tuple[SparseMask | None, torch.Tensor | None]:
-    """Reads the mask: whether an additive one only allows and forbids, and where it is empty or full."""
+    """Reads the mask, also to see whether an additive one only allows and forbids."""
     for dim in (0, 1):
         if mask.shape[dim] > 1 and mask.stride(dim) == 0:
             mask = mask.narrow(dim, 0, 1)
@@ -173,13 +180,12 @@ def _dense_in_graph(mask: torch.Tensor) -> tuple[TracedMask, torch.Tensor | None
     return TracedMask(tuple(mask.shape), None, ~forbidden), mask.masked_fill(forbidden, 0)
 
 
-def _packed(
-    cu_q: torch.Tensor, cu_k: torch.Tensor | None, q_len: int, kv_len: int
-) -> Pattern:
+def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, q_len: int, kv_len: int) -> Pattern:
     """Documents by cumulative lengths, which are read once for a tensor's identity and version."""
     if q_len != kv_len or (cu_k is not None and cu_k is not cu_q and not torch.equal(cu_q, cu_k)):
         raise UnsupportedError(
-            "packed documents (cu_seq_lens_q, cu_seq_lens_k) must have as many keys as queries: leave both "
+            "packed documents (cu_seq_lens_q, cu_seq_lens_k) must have as many keys as queries: "
+            "leave both "
             "out and give position_ids or an attention mask instead"
         )
 
@@ -206,8 +212,9 @@ def with_pattern(mask: SparseMask | TracedMask, stamp: Stamp) -> SparseMask | Tr
 def _require_position(q_len: int) -> None:
     if q_len == 1:
         raise UnsupportedError(
-            "a pattern on cross-attention needs the query's position, which Transformers does not give "
-            "where tokens are generated one by one: remove it with stof_hf.set_pattern(model, None)"
+            "a pattern on cross-attention needs the query's position, which Transformers does not "
+            "give where tokens are generated one by one: remove it with "
+            "stof_hf.set_pattern(model, None)"
         )
 
 
@@ -227,23 +234,49 @@ def derive(mask: SparseMask, pattern: Pattern, key: str) -> SparseMask:
 
 def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:
     q_len, kv_len, device = mask.q_len, mask.kv_len, mask.device
+    lasting = mask.pattern is not None and _by_content(mask.pattern) and _by_content(extra)
+    if lasting and mask.is_view and extra.length_free:
+        positions = (mask.row_ptr.shape[1] - 1) * TILE
+        storage = mask_for(_conjunction(mask.pattern, extra), positions, positions, device=device)
+        out = storage.rows(mask.row_start, q_len, kv_len, col_start=mask.col_start)
+        return out.with_words(mask.kv_valid)
     q_offset, kv_offset = mask.q_offset + mask.row_start, mask.kv_offset + mask.col_start
     if mask.pattern is None:
         bare = mask.with_words(None).to_dense()
         allowed = bare & _values(extra, bare.shape, q_offset, kv_offset, device)
         return SparseMask(q_len, kv_len, *structure_of(allowed), kv_valid=mask.kv_valid)
-    pattern = mask.pattern & extra
-    if not _by_content(pattern):
-        out = SparseMask.from_pattern(
-            pattern, q_len, kv_len, q_offset=int(q_offset), kv_offset=int(kv_offset), device=device
-        )
-    elif mask.is_view and pattern.length_free:
-        positions = (mask.row_ptr.shape[1] - 1) * TILE
-        storage = mask_for(pattern, positions, positions, device=device)
-        out = storage.rows(mask.row_start, q_len, kv_len, col_start=mask.col_start)
+    q_offset, kv_offset = int(q_offset), int(kv_offset)
+    require_positions(extra, max(q_offset + q_len, kv_offset + kv_len if q_len > 1 else 0))
+    if lasting:
+        pattern = _conjunction(mask.pattern, extra)
+        out = mask_for(pattern, q_len, kv_len, q_offset, kv_offset, device=device)
     else:
-        out = mask_for(pattern, q_len, kv_len, int(q_offset), int(kv_offset), device=device)
+        pattern = mask.pattern & extra
+        out = SparseMask.from_pattern(
+            pattern, q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device
+        )
     return out.with_words(mask.kv_valid)
+
+
+def require_positions(pattern: Pattern, count: int) -> None:
+    """Raise MaskError where a pattern made from a tensor is shorter than the sequence."""
+    if isinstance(pattern, (And, Or)):
+        for part in pattern.patterns:
+            require_positions(part, count)
+    elif isinstance(pattern, Not):
+        require_positions(pattern.pattern, count)
+    elif isinstance(pattern, (Dense, Documents)):
+        shape = pattern.mask.shape[-2:] if isinstance(pattern, Dense) else (len(pattern.ids[0]),)
+        if min(shape) < count:
+            raise MaskError(
+                f"the pattern {type(pattern).__name__} is for {min(shape)} positions, the sequence "
+                f"has {count}: set one that covers the whole sequence"
+            )
+
+
+@lru_cache(maxsize=64)
+def _conjunction(a: Pattern, b: Pattern) -> Pattern:
+    return a & b
 
 
 def _values(
@@ -275,5 +308,7 @@ def _traced_with_pattern(mask: TracedMask, stamp: Stamp) -> TracedMask:
     if mask.allowed is None:
         return TracedMask(mask.shape, both(mask.pattern, stamp.required_text()), None, *place)
     device = mask.allowed.device
-    allowed = mask.allowed & _values(stamp.pattern, mask.shape, mask.q_offset, mask.kv_offset, device)
+    allowed = mask.allowed & _values(
+        stamp.pattern, mask.shape, mask.q_offset, mask.kv_offset, device
+    )
     return TracedMask(mask.shape, None, allowed, *place)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-#: An expression is a nested tuple: ("true",), ("false",), ("all" | "any", a, b, ...), ("not", a), or an atom
-#: ("offset", lo, hi, table): lo <= k - q <= hi, None is no bound; table is None or an index into the
-#: tensors, which then maps positions first.
+#: An expression is a nested tuple: ("true",), ("false",), ("all" | "any", a, b, ...), ("not", a),
+#: or an atom ("offset", lo, hi, table): lo <= k - q <= hi, None is no bound; table is None or an
+#: index into the tensors, which then maps positions first.
 #: ("key" | "query", lo, hi): lo <= position <= hi. ("same", t): equal groups in tensor t.
 #: ("grouped", t): the query's group in tensor t is not negative. ("chunk", size, t): same chunk of
 #: `size` tokens, counted from tensor t[b].
@@ -74,6 +74,11 @@ class _Symbol:
     def new_zeros(self, *args: Any, **kwargs: Any) -> Truth:
         return Truth(FALSE)
 
+    def __bool__(self) -> bool:
+        raise TypeError("the value of a symbol is not known")
+
+    __int__ = __index__ = __float__ = __len__ = __iter__ = __bool__  # type: ignore[assignment]
+
     def _opaque(self, *args: Any) -> Opaque:
         return Opaque()
 
@@ -123,7 +128,13 @@ class Index(_Symbol):
         origin: int | None = None,
         chunk: int | None = None,
     ):
-        self.axis, self.shift, self.table, self.origin, self.chunk = axis, shift, table, origin, chunk
+        self.axis, self.shift, self.table, self.origin, self.chunk = (
+            axis,
+            shift,
+            table,
+            origin,
+            chunk,
+        )
 
     def _position(self) -> bool:
         return self.axis in ("q", "k") and self.origin is None and self.chunk is None
@@ -139,7 +150,12 @@ class Index(_Symbol):
         if type(other) is int:
             return self + (-other)
         if isinstance(other, Index):
-            if other.axis == "b" and other.table is not None and self._position() and not self.shift:
+            if (
+                other.axis == "b"
+                and other.table is not None
+                and self._position()
+                and not self.shift
+            ):
                 return Index(self.axis, 0, self.table, other.table)
             if self._position() and other._position() and self.table == other.table:
                 if self.axis == other.axis:
@@ -148,9 +164,9 @@ class Index(_Symbol):
         return Opaque()
 
     def __floordiv__(self, other: Any) -> Any:
-        if type(other) is int and other > 0 and self.axis in ("q", "k") and not self.shift:
-            if self.chunk is None and self.table is None:
-                return Index(self.axis, 0, None, self.origin, other)
+        bare = self.axis in ("q", "k") and self.table is None and self.chunk is None
+        if bare and not self.shift and type(other) is int and other > 0:
+            return Index(self.axis, 0, None, self.origin, other)
         return Opaque()
 
     def _compare(self, other: Any, lo: int | None, hi: int | None) -> Any:
@@ -184,7 +200,11 @@ class Index(_Symbol):
 
     def __eq__(self, other: Any) -> Any:
         if isinstance(other, Index) and {self.axis, other.axis} == {"q", "k"}:
-            if self.table != other.table or self.origin != other.origin or self.chunk != other.chunk:
+            if (
+                self.table != other.table
+                or self.origin != other.origin
+                or self.chunk != other.chunk
+            ):
                 return Opaque()
             if self.chunk is not None:
                 return Truth(("chunk", self.chunk, self.origin))

@@ -1,8 +1,8 @@
 """Masks made while torch.compile or torch.export traces a model.
 
-Building a SparseMask runs host code on concrete numbers, which a graph cannot hold. A TracedMask holds
-what a graph can: the pattern as text, from which the op finds or builds the SparseMask when the graph
-runs, or the allowed pairs as a tensor computed in the graph.
+Building a SparseMask runs host code on concrete numbers, which a graph cannot hold. A TracedMask
+holds what a graph can: the pattern as text, from which the op finds or builds the SparseMask when
+the graph runs, or the allowed pairs as a tensor computed in the graph.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class TracedMask:
         return self
 
     def op_arguments(self) -> tuple[Any, ...]:
-        """The mask as the op takes it: (pattern, tensors, geometry, kv_valid, row_start, col_start)."""
+        """The mask as the op takes it: (pattern, tensors, geometry, kv_valid, row_start,
+        col_start)."""
         q_len, kv_len = self.shape[2:]
         if self.allowed is not None:
             if self._structure is None:
@@ -69,9 +70,9 @@ class TracedMask:
 def structure_of(allowed: torch.Tensor) -> list[torch.Tensor]:
     """The canonical tensors of a dense mask, computed without reading it.
 
-    Takes bool [Bm, Hm, Sq, Sk]. Returns pattern_id, row_ptr, run_col, run_len, run_bits, tile_bits as
-    in `SparseMask`, with every tile stored as a partial one, empty tiles included: which tiles are
-    empty or full is not known before the graph runs.
+    Takes bool [Bm, Hm, Sq, Sk]. Returns pattern_id, row_ptr, run_col, run_len, run_bits, tile_bits
+    as in `SparseMask`, with every tile stored as a partial one, empty tiles included: which tiles
+    are empty or full is not known before the graph runs.
     """
     batch, heads, q_len, kv_len = allowed.shape
     device = allowed.device
@@ -81,7 +82,9 @@ def structure_of(allowed: torch.Tensor) -> list[torch.Tensor]:
     patterns = batch * heads
     runs = patterns * tile_rows * tile_cols
     int32 = {"dtype": torch.int32, "device": device}
-    row = torch.arange(patterns, **int32)[:, None] * tile_rows + torch.arange(tile_rows + 1, **int32)
+    row = torch.arange(patterns, **int32)[:, None] * tile_rows + torch.arange(
+        tile_rows + 1, **int32
+    )
     return [
         torch.arange(patterns, **int32).view(batch, heads),
         row * tile_cols,

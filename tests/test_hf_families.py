@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, GENERATIVE_KINDS, TEXT_KINDS, Family, inputs_of
+import transformers
+from families import FAMILIES, GENERATIVE_KINDS, TEXT_KINDS, Family, inputs_of, tokens
+from packaging.version import Version
 
 import stof_hf.hf.attention as hf_attention
 
@@ -143,6 +145,25 @@ def test_generate(family: Family, cache: str) -> None:
         results.append(torch.stack(out.logits))
     assert results[0].shape == results[1].shape
     assert error(*results) <= TOLERANCE
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) >= Version("5.23"),
+    reason="Transformers 5.23 refuses the name",
+)
+@by_name([f for f in PRESENT if f.name in ("llama", "mistral", "gemma3")])
+def test_continuous_batching(family: Family) -> None:
+    prompts = [tokens(1, n, seed=n)[0].tolist() for n in (5, 14, 9)]
+    settings = transformers.GenerationConfig(
+        max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0
+    )
+    model = family.build("eager")
+    expected = [
+        model.generate(torch.tensor([p]), generation_config=settings)[0, len(p) :].tolist()
+        for p in prompts
+    ]
+    batch = family.build("stof").generate_batch(inputs=prompts, generation_config=settings)
+    assert [out.generated_tokens for out in batch.values()] == expected
 
 
 COMPILED = ["bert", "llama", "gemma2", "t5", "vit"]

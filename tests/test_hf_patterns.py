@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 import warnings
@@ -301,6 +302,66 @@ def test_sub_model_patterns_are_kept_apart(tmp_path: Path) -> None:
     stof_hf.set_pattern(model, patterns.SlidingWindow(6, 6))
     stof_hf.set_pattern(model, patterns.SlidingWindow(1, 1), modules="encoder.block.0")
     assert close(part, run(model, **inputs))
+
+
+def test_parts_that_do_not_use_stof_keep_their_choice(tmp_path: Path) -> None:
+    model = family("llava").build("eager")
+    inputs = inputs_of(family("llava"))
+    model.set_attn_implementation({"text_config": "stof"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", stof_hf.StofWarning)
+        stof_hf.set_pattern(model, patterns.SlidingWindow(4, 0))
+        expected = run(model, **inputs)
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.text_config._attn_implementation == "stof"
+    assert loaded.config.vision_config._attn_implementation == "eager"
+    assert close(expected, run(loaded, **inputs))
+
+
+def test_a_pattern_shorter_than_the_sequence() -> None:
+    model = family("llama").build("stof")
+    ids = inputs_of(family("llama"), length=12)["input_ids"]
+    for pattern in (
+        patterns.Dense(torch.ones(14, 14, dtype=torch.bool)),
+        patterns.Documents([0] * 6 + [1] * 8),
+    ):
+        stof_hf.set_pattern(model, pattern, persist=False)
+        model.generate(ids, max_new_tokens=2, min_new_tokens=2)
+        with pytest.raises(stof_hf.MaskError, match="is for 14 positions"):
+            model.generate(ids, max_new_tokens=6, min_new_tokens=6)
+        stof_hf.set_pattern(model, None)
+
+
+def test_settings_that_cannot_be_applied_when_loading(tmp_path: Path) -> None:
+    model = family("bert").build("stof")
+    ids = inputs_of(family("bert"))["input_ids"]
+    stof_hf.set_pattern(model, LONG, modules="encoder.layer.1")
+    model.config.stof["patterns"][0]["modules"] = ["encoder.layer.7"]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    for _ in range(2):
+        with pytest.raises(stof_hf.MaskError, match="no module is named"):
+            run(loaded, input_ids=ids)
+    stof_hf.set_pattern(loaded, None)
+    run(loaded, input_ids=ids)
+    model.config.stof["version"] = 2
+    model.save_pretrained(tmp_path)
+    with pytest.raises(stof_hf.MaskError, match="format 2"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+def test_copies_carry_the_pattern() -> None:
+    model = family("bert").build("stof")
+    ids = inputs_of(family("bert"))["input_ids"]
+    dense = run(model, input_ids=ids)
+    stof_hf.set_pattern(model, LONG)
+    copied = copy.deepcopy(model)
+    stof_hf.set_pattern(model, None)
+    assert close(dense, run(model, input_ids=ids))
+    assert not close(dense, run(copied, input_ids=ids))
+    stof_hf.set_pattern(copied, None)
+    assert close(dense, run(copied, input_ids=ids))
 
 
 def test_names() -> None:

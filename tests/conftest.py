@@ -1,7 +1,16 @@
 """Settings that all tests share."""
 
+import os
+
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile(
+    "ci", max_examples=50, derandomize=True, deadline=None, database=None, print_blob=True
+)
+hypothesis.settings.register_profile("slow", max_examples=1000, deadline=None, database=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items):
@@ -10,3 +19,17 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def poisoned_empty():
+    """torch.empty and its kin hand out NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

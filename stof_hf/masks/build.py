@@ -34,6 +34,8 @@ class _Tiles:
     #: -1 full, -2 empty, else the index of the words
     content: np.ndarray
     words: torch.Tensor
+    #: of each of `words`, how many of the tile's 16 x 16 blocks hold a True
+    occupied: np.ndarray
 
 
 def build(
@@ -81,7 +83,7 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
     flat = mask.reshape(-1, q_len, kv_len)
     rows, full = _bare_rows(len(flat), mask.shape[1] if mask.ndim == 4 else 1, q_len, kv_len)
     tile_rows = bits.words_per(q_len)
-    collector = _Collector(q_len)
+    collector = _Collector()
     step = max(1, _GROUP // rows.tiles)
     for p, part in enumerate(flat):
         for t0 in range(0, tile_rows, step):
@@ -116,7 +118,7 @@ def build_coo(coo: torch.Tensor) -> SparseMask:
     words.index_add_(0, inverse * TILE + q % TILE, torch.ones_like(k) << (k % TILE))
     words = words.view(-1, TILE)
     at = distinct.cpu().numpy()
-    collector = _Collector(q_len)
+    collector = _Collector()
     for i in range(0, len(at), _GROUP):
         row, tile = at[i : i + _GROUP] // rows.tiles, at[i : i + _GROUP] % rows.tiles
         collector.add(row, tile, words[i : i + _GROUP], rows.last[row] - rows.first[row] + 1)
@@ -162,7 +164,7 @@ def _evaluate(
         _, index, inverse = np.unique(key, return_index=True, return_inverse=True)
         all_row, all_tile = row, tile
         row, tile = row[index], tile[index]
-    collector = _Collector(0)
+    collector = _Collector()
     step = 256 if device.type == "cpu" else 4096
     for i in range(0, len(row), _GROUP):
         r, t = row[i : i + _GROUP], tile[i : i + _GROUP]
@@ -198,11 +200,12 @@ def _words(
 class _Collector:
     """Takes evaluated tiles, keeps each distinct partial one once."""
 
-    def __init__(self, q_len: int):
+    def __init__(self) -> None:
         self.rows: list[np.ndarray] = []
         self.tiles: list[np.ndarray] = []
         self.contents: list[np.ndarray] = []
         self.words: list[torch.Tensor] = []
+        self.occupied: list[np.ndarray] = []
         self.known: dict[tuple[int, int], int] = {}
 
     def add(self, row: np.ndarray, tile: np.ndarray, words: torch.Tensor, used: np.ndarray) -> None:
@@ -211,10 +214,11 @@ class _Collector:
         unused = lane >= torch.from_numpy(used).to(words.device)[:, None]
         full = ((words == -1) | unused).all(1)
         empty = (words == 0).all(1)
-        summary = torch.stack([full.long(), empty.long(), *_hashes(words)]).cpu().numpy()
+        facts = [full.long(), empty.long(), _occupied(words), *_hashes(words)]
+        summary = torch.stack(facts).cpu().numpy()
         content = np.where(summary[0] == 1, FULL, -2)
         partial = np.flatnonzero((summary[0] == 0) & (summary[1] == 0))
-        pairs = np.ascontiguousarray(summary[2:, partial].T)
+        pairs = np.ascontiguousarray(summary[3:, partial].T)
         distinct, index, inverse = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
         place = np.empty(len(distinct), np.int64)
         fresh = []
@@ -226,6 +230,7 @@ class _Collector:
         content[partial] = place[inverse.reshape(-1)]
         if fresh:
             self.words.append(words[torch.from_numpy(np.array(fresh)).to(words.device)])
+            self.occupied.append(summary[2, fresh])
         self.rows.append(row)
         self.tiles.append(tile)
         self.contents.append(content)
@@ -238,7 +243,14 @@ class _Collector:
             np.concatenate([none, *self.tiles]),
             np.concatenate([none, *self.contents]),
             words,
+            np.concatenate([none, *self.occupied]),
         )
+
+
+def _occupied(words: torch.Tensor) -> torch.Tensor:
+    """How many of each tile's 16 x 16 blocks hold a True, int64 [n]."""
+    quarters = (words.view(-1, 4, 16, 1) >> torch.arange(0, 64, 16, device=words.device)) & 0xFFFF
+    return (quarters != 0).any(2).sum((1, 2))
 
 
 def _hashes(words: torch.Tensor) -> list[torch.Tensor]:
@@ -286,13 +298,17 @@ def _assemble(
     row, col, content = row[at], col[at], content[at]
     counts = np.bincount(row, minlength=rows.count)
     ids, row_ptr, kept = _distinct(counts.reshape(shape[0] * shape[1], -1), col, length, content)
-    host = (
-        ids.reshape(shape), row_ptr, col[kept], length[kept], content[kept],
-    )  # fmt: skip
+    runs = (row_ptr, col[kept], length[kept], content[kept])
+    host = (ids.reshape(shape), *runs)
+    in_column = -(-(rows.last - rows.first + 1)[row] // 16)
+    blocks = np.where(content == FULL, in_column * length * (TILE // 16), 0)
+    blocks[content >= 0] = tiles.occupied[content[content >= 0]]
+    of_all = shape[0] * shape[1] * -(-q_len // 16) * -(-rows.kv_len // 16)
+    plans = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
     arrays = [_upload(torch.from_numpy(a.astype(np.int32)), device) for a in host]
     mask = SparseMask(
         q_len, rows.kv_len, *arrays, tile_bits=_upload(tiles.words, device),
-        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern,
+        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern, plans=plans,
     )  # fmt: skip
     return mask if padding is None else mask.with_padding(padding)
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import MaskError
+from .bits import TILE, words_per
 from .intervals import Intervals
 from .pattern import And, Index, Not, Or, Pattern, Rows
 from .random_blocks import RandomBlocks
@@ -36,7 +37,7 @@ def _whole(name: str, value: Any, least: int = 0) -> int:
 
 
 def _diagonal(rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
-    return rows.first[row] - rows.k0 - 64 * tile
+    return rows.first[row] - rows.k0 - TILE * tile
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +209,9 @@ class GlobalTokens(Pattern):
         some, _ = self._rows(rows)
         column = np.zeros(rows.tiles, np.int64)
         for a, b in self.ranges:
-            lo, hi = max(a - rows.k0, 0) // 64, -(-min(b - rows.k0, rows.kv_len) // 64)
-            column[lo:hi] = np.arange(lo, max(hi, lo)) + 1
+            lo, hi = max(a - rows.k0, 0) // TILE, words_per(min(b - rows.k0, rows.kv_len))
+            if lo < hi:
+                column[lo:hi] = np.arange(lo, hi) + 1
         return np.where(some[row], row + 1, 0) * (rows.tiles + 1) + column[tile]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ..errors import MaskError
@@ -233,9 +234,23 @@ class SparseMask:
             raise MaskError(f"rows {start} to {start + q_len} lie outside a mask of {self.q_len} rows")
         if isinstance(col_start, int) and not 0 <= col_start <= self.kv_len - kv_len:
             raise MaskError(f"keys {col_start} to {col_start + kv_len} lie outside {self.kv_len} keys")
+        smaller = (q_len, kv_len) != (self.q_len, self.kv_len)
+        if smaller and _is_zero(start) and _is_zero(col_start):
+            # Two ints of 0 say that storage and mask end together, which full tiles rely on.
+            start = torch.zeros(1, dtype=torch.int64, device=self.device)
         return replace(
             self, q_len=q_len, kv_len=kv_len, row_start=start, col_start=col_start, kv_valid=None
         )
+
+    def host_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """row_ptr, run_col, run_len and run_bits as int64 arrays on the host.
+
+        Builders leave them with the mask; otherwise they are copied once, with a synchronisation.
+        """
+        if "host_runs" not in self.plans:
+            runs = (self.row_ptr, self.run_col, self.run_len, self.run_bits)
+            self.plans["host_runs"] = tuple(x.cpu().numpy().astype(np.int64) for x in runs)
+        return self.plans["host_runs"]
 
     def to_dense(self) -> torch.Tensor:
         """bool [B, Hm, Sq, Sk] on the mask's device."""
@@ -259,7 +274,7 @@ class SparseMask:
         Bit 8 r + c of entry [u, i, j] is row 8 i + r, column 8 j + c of partial tile u.
         """
         octets = self.tile_bits.contiguous().view(torch.uint8).view(-1, 8, 8, 8)
-        return octets.transpose(2, 3).contiguous().view(torch.int64).squeeze(-1)
+        return octets.transpose(2, 3).flatten().view(torch.int64).view(-1, 8, 8)
 
     @cached_property
     def kept(self) -> int:
@@ -272,6 +287,14 @@ class SparseMask:
     def density(self) -> float:
         """Share of all (query, key) pairs that is allowed. Synchronises."""
         return self.kept / max(1, self.shape.numel())
+
+    @property
+    def valid_share(self) -> float:
+        """Share of the storage's 16 x 16 blocks that hold an allowed pair, noted when it was built.
+
+        1.0 where nobody counted (a mask whose bits a compiled graph computes).
+        """
+        return self.plans.get("valid_share", 1.0)
 
     @property
     def nbytes(self) -> int:

@@ -1,14 +1,18 @@
-// softmax(Q K^T) V under a SparseMask on the CPU: fp32, bf16, fp16, any head size, any strides whose last is 1.
+// softmax(Q K^T) V under a SparseMask on the CPU: fp32, bf16, fp16, any head size, any strides
+// whose last is 1.
 //
-// A work item is a tile of 64 queries of one head. Threads take items from one counter, the costliest first, so that
-// the rows of global tokens, which see every key, neither come last nor alone: an item with more than 1/64 of all work
-// is split over its keys, and whoever finishes its last part adds the parts up. The split depends on the mask alone,
-// so results do not depend on the number of threads. Nothing here knows of torch: threads are those of the OpenMP
-// runtime the caller passes in, or std::thread.
+// A work item is a tile of 64 queries of one head. Threads take items from one counter, the
+// costliest first, so that the rows of global tokens, which see every key, neither come last nor
+// alone: an item with more than 1/64 of all work is split over its keys, and whoever finishes its
+// last part adds the parts up. The split depends on the mask alone, so results do not depend on the
+// number of threads. Nothing here knows of torch: threads are those of the OpenMP runtime the
+// caller passes in, or std::thread.
 
 #include <atomic>
 #include <exception>
+#include <system_error>
 #include <thread>
+#include <utility>
 
 #include "kernels.h"
 
@@ -32,7 +36,8 @@ struct Plan {
   int64_t work = 0;
 };
 
-// Tiles of keys that the query tile t of a pattern visits; for unaligned views, those of the storage row it begins in.
+// Tiles of keys that the query tile t of a pattern visits; for unaligned views, those of the
+// storage row it begins in.
 static int64_t count_tiles(const Problem& p, int64_t pattern, int64_t t) {
   const int64_t tiles = ceil_div(p.kv_len, kTile);
   if (!p.pattern_id) return tiles;
@@ -40,8 +45,9 @@ static int64_t count_tiles(const Problem& p, int64_t pattern, int64_t t) {
   const int32_t* ptr = p.row_ptr + pattern * (p.tile_rows + 1) + (p.row_start + t * kTile) / kTile;
   int64_t count = 0;
   for (int32_t r = ptr[0]; r < ptr[1]; ++r)
-    count += std::max<int64_t>(0, std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - first, tiles) -
-                                      std::max<int64_t>(p.run_col[r] - first, 0));
+    count += std::max<int64_t>(
+        0, std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - first, tiles) -
+               std::max<int64_t>(p.run_col[r] - first, 0));
   return count;
 }
 
@@ -62,15 +68,16 @@ static Plan make_plan(const Problem& p, int64_t value_pad) {
   };
   for (int64_t b = 0; b < p.batch; ++b)
     for (int64_t h = 0; h < p.heads; ++h)
-      for (int64_t t = 0; t < query_tiles; ++t) plan.work += cost[pattern_of(b, h) * query_tiles + t];
+      for (int64_t t = 0; t < query_tiles; ++t)
+        plan.work += cost[pattern_of(b, h) * query_tiles + t];
   const int64_t limit = std::max(kWhole, plan.work / 64);
 
   // Items of similar cost stay in order, so that neighbours share the keys of a head in cache.
   int64_t class_count[65] = {};
   std::vector<uint8_t> classes;
   classes.reserve(items.capacity());
-  int64_t splits = 0, slots = 0;
-  std::vector<int64_t> first_slots;
+  int64_t slots = 0;
+  std::vector<std::pair<int64_t, int32_t>> splits;  // first slot, parts
   for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t h = 0; h < p.heads; ++h) {
       const int64_t pattern = pattern_of(b, h);
@@ -80,14 +87,13 @@ static Plan make_plan(const Problem& p, int64_t value_pad) {
         const uint8_t bucket = (uint8_t)__builtin_clzll((uint64_t)(tiles / parts) | 1);
         for (int64_t part = 0; part < parts; ++part) {
           items.push_back({(int32_t)b, (int32_t)h, (int32_t)t, (int32_t)part, (int32_t)parts,
-                           parts > 1 ? (int32_t)splits : -1});
+                           parts > 1 ? (int32_t)splits.size() : -1});
           classes.push_back(bucket);
           ++class_count[bucket + 1];
         }
         if (parts > 1) {
-          first_slots.push_back(slots);
+          splits.push_back({slots, (int32_t)parts});
           slots += parts;
-          ++splits;
         }
       }
     }
@@ -95,14 +101,11 @@ static Plan make_plan(const Problem& p, int64_t value_pad) {
   for (int i = 0; i < 64; ++i) class_count[i + 1] += class_count[i];
   plan.items.resize(items.size());
   for (size_t i = 0; i < items.size(); ++i) plan.items[class_count[classes[i]]++] = items[i];
-  if (splits) {
-    plan.splits.reset(new Split[splits]);
-    plan.slots.reset(new float[slots * slot_floats(value_pad)]);
-  }
-  for (const Item& item : items) {
-    if (item.split < 0 || item.part) continue;
-    plan.splits[item.split].first_slot = first_slots[item.split];
-    plan.splits[item.split].left = item.parts;
+  plan.splits.reset(new Split[splits.size()]);
+  plan.slots.reset(new float[slots * slot_floats(value_pad)]);
+  for (size_t i = 0; i < splits.size(); ++i) {
+    plan.splits[i].first_slot = splits[i].first;
+    plan.splits[i].left = splits[i].second;
   }
   return plan;
 }
@@ -134,14 +137,16 @@ static void merge(float* slot, int64_t parts, int rows, int64_t value_pad) {
 template <typename T, bool Dot>
 class Job {
  public:
-  explicit Job(const Problem& p) : p_(p), value_pad_(round_up(p.value_dim, W)), plan_(make_plan(p, value_pad_)) {}
+  explicit Job(const Problem& p)
+      : p_(p), value_pad_(round_up(p.value_dim, W)), plan_(make_plan(p, value_pad_)) {}
 
   bool run() {
-    // Below this many multiply-adds (tens of microseconds) waking a thread costs more than it brings.
+    // Below this many multiply-adds (tens of microseconds) waking a thread costs more than it
+    // brings.
     constexpr int64_t kGrain = 1 << 20;
-    const int64_t work = plan_.work * std::min<int64_t>(p_.q_len, kTile) * kTile * (p_.head_dim + p_.value_dim);
-    const int64_t threads =
-        std::min({p_.threads, (int64_t)plan_.items.size(), 1 + work / kGrain});
+    const int64_t work =
+        plan_.work * std::min<int64_t>(p_.q_len, kTile) * kTile * (p_.head_dim + p_.value_dim);
+    const int64_t threads = std::min({p_.threads, (int64_t)plan_.items.size(), 1 + work / kGrain});
     if (threads <= 1) {
       work_on(this);
     } else if (p_.parallel) {
@@ -149,7 +154,11 @@ class Job {
       reinterpret_cast<Parallel>(p_.parallel)(work_on, this, (unsigned)threads, 0);
     } else {
       std::vector<std::thread> team;
-      for (int64_t i = 1; i < threads; ++i) team.emplace_back(work_on, this);
+      try {
+        for (int64_t i = 1; i < threads; ++i) team.emplace_back(work_on, this);
+      } catch (const std::system_error&) {
+        // The system gives no more threads: those there are take all items.
+      }
       work_on(this);
       for (std::thread& t : team) t.join();
     }
@@ -179,7 +188,8 @@ class Job {
       if (item.split < 0) {
         acc = scratch.rows.get(slot_floats(value_pad_));
       } else {
-        acc = plan_.slots.get() + (plan_.splits[item.split].first_slot + item.part) * slot_floats(value_pad_);
+        acc = plan_.slots.get() +
+              (plan_.splits[item.split].first_slot + item.part) * slot_floats(value_pad_);
       }
       RowState* state = reinterpret_cast<RowState*>(acc + kTile * value_pad_);
       worker.tile(item.batch, item.head, first_row, rows, item.part, item.parts, acc, state);
@@ -210,7 +220,8 @@ static bool run(const Problem& p) {
 }  // namespace stof
 
 // Returns 0, or 1 where memory ran out.
-extern "C" __attribute__((visibility("default"))) int stof_attention_forward(const stof::Problem* problem) {
+extern "C" __attribute__((visibility("default"))) int stof_attention_forward(
+    const stof::Problem* problem) {
   using namespace stof;
   const Problem& p = *problem;
   try {

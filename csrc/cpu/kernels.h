@@ -1,15 +1,17 @@
 // The two attention kernels: one for tiles of queries, one for single queries.
 //
-// Tiles. Queries lie in the lanes of a vector: Q is packed as Q^T once, S^T = K Q^T and O^T += V^T P^T take K and V as
-// scalars broadcast straight from memory. So K and V need no packing and no stride of theirs matters, the softmax
-// statistics need no horizontal operation, and a block of keys may be any list of keys: only keys that some query of
-// the sub-tile attends to are put on the list, which is what makes thin stripes and band edges cheap. Where the machine
-// multiplies pairs of bf16 (vdpbf16ps), Q^T and P^T are packed in pairs and V rows are interleaved two by two.
-// Sums are fp32. A sub-tile holds two vectors of queries, or one where a tile has few.
+// Tiles. Queries lie in the lanes of a vector: Q is packed as Q^T once, S^T = K Q^T and O^T += V^T
+// P^T take K and V as scalars broadcast straight from memory. So K and V need no packing and no
+// stride of theirs matters, the softmax statistics need no horizontal operation, and a block of
+// keys may be any list of keys: only keys that some query of the sub-tile attends to are put on the
+// list, which is what makes thin stripes and band edges cheap. Where the machine multiplies pairs
+// of bf16 (vdpbf16ps), Q^T and P^T are packed in pairs and V rows are interleaved two by two. Sums
+// are fp32. A sub-tile holds two vectors of queries, or one where a tile has few.
 //
-// Rows. One query against its own keys, with the head dimension in the lanes: for decode, and for exactness: 0 * inf
-// and 0 * NaN in the tile kernel spoil a query through keys that only its neighbours attend to, so rows that come out
-// not finite are computed again here, where masked keys are never read.
+// Rows. One query against its own keys, with the head dimension in the lanes: for decode, and for
+// exactness: 0 * inf and 0 * NaN in the tile kernel spoil a query through keys that only its
+// neighbours attend to, so rows that come out not finite are computed again here, where masked keys
+// are never read.
 #pragma once
 
 #include <cmath>
@@ -27,7 +29,6 @@ constexpr int kStep = 8;  // keys, or value columns, whose sums are held in regi
 constexpr int kStep = 6;
 #endif
 constexpr int kVectors = 2;
-constexpr int kLanes = kVectors * W;
 constexpr int kBlock = 64;  // a block is computed once it holds this many keys
 constexpr int kBlockMax = 2 * kBlock + kStep;
 
@@ -38,7 +39,8 @@ class Buffer {
   float* get(int64_t floats) {
     if (floats > size_) {
       data_.reset();
-      data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
+      data_.reset(
+          static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t(64))));
       size_ = floats;
     }
     return data_.get();
@@ -63,7 +65,8 @@ struct RowState {
   float max = -kInf, sum = 0;
 };
 
-// The queries of a tile that one pass of the tile kernel holds in its lanes, and the keys listed for their next block.
+// The queries of a tile that one pass of the tile kernel holds in its lanes, and the keys listed
+// for their next block.
 struct SubTile {
   int rows = 0;
   int64_t first_row = 0;
@@ -81,12 +84,13 @@ class Worker {
   static constexpr bool kFine = sizeof(T) == 4;
 
  public:
-  explicit Worker(const Problem& p, Scratch& scratch)
+  Worker(const Problem& p, Scratch& scratch)
       : p_(p), scratch_(scratch), value_pad_(round_up(p.value_dim, W)) {}
 
-  // Attention of up to 64 queries over a part of their tiles. acc [rows, value_pad] and state [rows] are unnormalised.
-  void tile(int64_t b, int64_t h, int64_t first_row, int rows, int64_t part, int64_t parts, float* acc,
-            RowState* state) {
+  // Attention of up to 64 queries over a part of their tiles. acc [rows, value_pad] and state
+  // [rows] are unnormalised.
+  void tile(int64_t b, int64_t h, int64_t first_row, int rows, int64_t part, int64_t parts,
+            float* acc, RowState* state) {
     TileRow& tile_row = scratch_.tile_row;
     tile_row.open(p_, b, h, first_row, rows);
     const int64_t n = tile_row.entries().size();
@@ -104,7 +108,8 @@ class Worker {
   // Adds the sink, divides, and stores one query's result.
   void finish(int64_t b, int64_t h, int64_t first_row, int r, RowState state, float* acc) {
     if (!finite(acc)) {
-      scratch_.tile_row.open(p_, b, h, first_row, (int)std::min<int64_t>(kTile, p_.q_len - first_row));
+      scratch_.tile_row.open(p_, b, h, first_row,
+                             (int)std::min<int64_t>(kTile, p_.q_len - first_row));
       state = row(b, h, first_row, r, 0, scratch_.tile_row.entries().size(), acc);
     }
     float weight = 1;
@@ -123,8 +128,6 @@ class Worker {
     for (int64_t d = 0; d < p_.value_dim; ++d) narrow(acc[d] * inverse, out + d);
     p_.lse[(b * p_.heads + h) * p_.q_len + i] = none ? -kInf : state.max + std::log(state.sum);
   }
-
-  int64_t value_pad() const { return value_pad_; }
 
  private:
   const T* query_row(int64_t b, int64_t h, int64_t i) const {
@@ -145,8 +148,8 @@ class Worker {
   }
 
   template <int NV>
-  void sub_tiles(int64_t b, int64_t h, int64_t first_row, int rows, int64_t begin, int64_t end, float* acc,
-                 RowState* state) {
+  void sub_tiles(int64_t b, int64_t h, int64_t first_row, int rows, int64_t begin, int64_t end,
+                 float* acc, RowState* state) {
     constexpr int R = NV * W;
     constexpr int kSubs = NV == 1 ? 1 : kTile / R;
     SubTile subs[kSubs];
@@ -198,9 +201,10 @@ class Worker {
     }
   }
 
-  // Appends the keys of one tile that some query of the sub-tile attends to. Word c of columns, from bit `shift` on,
-  // says which queries attend to key c; it is read only where they differ.
-  static void list_keys(SubTile& sub, int32_t base, uint64_t some, uint64_t every, const uint64_t* columns, int shift) {
+  // Appends the keys of one tile that some query of the sub-tile attends to. Word c of columns,
+  // from bit `shift` on, says which queries attend to key c; it is read only where they differ.
+  static void list_keys(SubTile& sub, int32_t base, uint64_t some, uint64_t every,
+                        const uint64_t* columns, int shift) {
     int count = sub.count;
     if (every == ~0ull) {
       for (int c = 0; c < kTile; ++c) {
@@ -237,7 +241,8 @@ class Worker {
           if (lane >= sub.rows) {
             block[r] = vf{};
           } else if (Dot) {
-            const float* q = reinterpret_cast<const float*>(query_row(b, h, sub.first_row + lane)) + d;
+            const float* q =
+                reinterpret_cast<const float*>(query_row(b, h, sub.first_row + lane)) + d;
             block[r] = depth - d >= W ? load(q) : load_part(q, depth - d);
           } else {
             const T* q = query_row(b, h, sub.first_row + lane) + d;
@@ -283,10 +288,12 @@ class Worker {
     gather(keys(b, h), p_.k.row, p_.head_dim, sub.keys, padded, scratch_.key, rows);
     const float scale = (float)p_.scale;
     const int64_t depth = Dot ? p_.head_dim / 2 : p_.head_dim;
-    for (int j = 0; j < padded; j += kStep) dot_keys<NV>(sub.query, rows + j, depth, scale, scores + j * R);
+    for (int j = 0; j < padded; j += kStep)
+      dot_keys<NV>(sub.query, rows + j, depth, scale, scores + j * R);
     if (p_.softcap > 0) {
       const float cap = (float)p_.softcap;
-      for (int j = 0; j < padded * NV; ++j) store(scores + j * W, cap * vtanh(load(scores + j * W) * (1 / cap)));
+      for (int j = 0; j < padded * NV; ++j)
+        store(scores + j * W, cap * vtanh(load(scores + j * W) * (1 / cap)));
     }
     if (p_.bias) add_bias<R>(sub, b, h, count, scores);
 
@@ -302,11 +309,13 @@ class Worker {
     }
   }
 
-  // Pointers to the listed rows, as fp32, or as pairs of bf16 with Dot; other types are widened into the buffer.
-  void gather(const T* base, int64_t stride, int64_t width, const int32_t* index, int count, Buffer& buffer,
-              const float** rows) {
+  // Pointers to the listed rows, as fp32, or as pairs of bf16 with Dot; other types are widened
+  // into the buffer.
+  void gather(const T* base, int64_t stride, int64_t width, const int32_t* index, int count,
+              Buffer& buffer, const float** rows) {
     if constexpr (Dot || sizeof(T) == 4) {
-      for (int j = 0; j < count; ++j) rows[j] = reinterpret_cast<const float*>(base + index[j] * stride);
+      for (int j = 0; j < count; ++j)
+        rows[j] = reinterpret_cast<const float*>(base + index[j] * stride);
     } else {
       const int64_t pad = round_up(width, W);
       float* wide = buffer.get(kBlockMax * pad);
@@ -318,8 +327,8 @@ class Worker {
   }
 
   template <int NV>
-  static inline void dot_keys(const float* query, const float* const* keys, int64_t depth, float scale,
-                              float* scores) {
+  static inline void dot_keys(const float* query, const float* const* keys, int64_t depth,
+                              float scale, float* scores) {
     constexpr int R = NV * W;
     vf acc[kStep][NV] = {};
     const float* key[kStep];
@@ -360,12 +369,15 @@ class Worker {
 
   template <int R>
   void add_bias(const SubTile& sub, int64_t b, int64_t h, int count, float* scores) const {
-    const float* bias = p_.bias + b * p_.bias_batch + h * p_.bias_head + sub.first_row * p_.bias_row;
+    const float* bias =
+        p_.bias + b * p_.bias_batch + h * p_.bias_head + sub.first_row * p_.bias_row;
     for (int r = 0; r < sub.rows; ++r)
-      for (int j = 0; j < count; ++j) scores[j * R + r] += bias[r * p_.bias_row + sub.keys[j] * p_.bias_col];
+      for (int j = 0; j < count; ++j)
+        scores[j * R + r] += bias[r * p_.bias_row + sub.keys[j] * p_.bias_col];
   }
 
-  // Scores to weights relative to the new running maximum; with Dot, to pairs of bf16 (two keys a lane).
+  // Scores to weights relative to the new running maximum; with Dot, to pairs of bf16 (two keys a
+  // lane).
   template <int NV>
   void softmax(SubTile& sub, bool masked, int count, int padded, float* scores, vf* rescale) const {
     constexpr int R = NV * W;
@@ -390,7 +402,7 @@ class Worker {
           const vf odd = vexp<kFine>(load(scores + (j + 1) * R + i * W) - base);
           sum += even + odd;
           // In place: pair j / 2 lies at or before row j of the scores.
-          store(pair_row<NV>(scores, j / 2, i), pack_pair(even, odd));
+          store(scores + j / 2 * R + i * W, pack_pair(even, odd));
         }
       } else {
         for (int j = 0; j < count; ++j) {
@@ -402,11 +414,6 @@ class Worker {
       sub.max[i] = top;
       sub.sum[i] = sum;
     }
-  }
-
-  template <int NV>
-  static inline float* pair_row(float* scores, int pair, int i) {
-    return scores + pair * NV * W + i * W;
   }
 
   static inline vf pack_pair(vf even, vf odd) {
@@ -442,17 +449,20 @@ class Worker {
 
   // O^T = O^T * rescale + V^T P^T, kStep value columns at a time.
   template <int NV>
-  void weigh_values(const float* weights, const float* const* rows, int count, const vf* rescale, float* out) const {
+  void weigh_values(const float* weights, const float* const* rows, int count, const vf* rescale,
+                    float* out) const {
     constexpr int R = NV * W;
     int64_t d = 0;
-    for (; d + kStep <= p_.value_dim; d += kStep) weigh_columns<NV, kStep>(weights, rows, d, count, rescale, out + d * R);
-    for (; d + 2 <= p_.value_dim; d += 2) weigh_columns<NV, 2>(weights, rows, d, count, rescale, out + d * R);
+    for (; d + kStep <= p_.value_dim; d += kStep)
+      weigh_columns<NV, kStep>(weights, rows, d, count, rescale, out + d * R);
+    for (; d + 2 <= p_.value_dim; d += 2)
+      weigh_columns<NV, 2>(weights, rows, d, count, rescale, out + d * R);
     if (d < p_.value_dim) weigh_columns<NV, 1>(weights, rows, d, count, rescale, out + d * R);
   }
 
   template <int NV, int Columns>
-  static inline void weigh_columns(const float* weights, const float* const* rows, int64_t d, int count,
-                                   const vf* rescale, float* out) {
+  static inline void weigh_columns(const float* weights, const float* const* rows, int64_t d,
+                                   int count, const vf* rescale, float* out) {
     constexpr int R = NV * W;
     vf acc[Columns][NV];
 #pragma GCC unroll 8
@@ -478,7 +488,8 @@ class Worker {
   }
 
   // Query first_row + r against its own keys among the tiles [begin, end).
-  RowState row(int64_t b, int64_t h, int64_t first_row, int r, int64_t begin, int64_t end, float* acc) {
+  RowState row(int64_t b, int64_t h, int64_t first_row, int r, int64_t begin, int64_t end,
+               float* acc) {
     const int64_t query_pad = round_up(p_.head_dim, W);
     float* query = scratch_.query.get(query_pad);
     widen_row(query_row(b, h, first_row + r), query, p_.head_dim);
@@ -498,8 +509,8 @@ class Worker {
     return state;
   }
 
-  void row_block(const float* query, int64_t b, int64_t h, int64_t i, const int32_t* index, int count,
-                 RowState& state, float* acc) {
+  void row_block(const float* query, int64_t b, int64_t h, int64_t i, const int32_t* index,
+                 int count, RowState& state, float* acc) {
     float weights[kBlockMax + W];
     const T* key_base = keys(b, h);
     const int64_t width = p_.head_dim, whole = width - width % W;

@@ -1,5 +1,5 @@
-// What a call of the kernels is given (the C ABI that stof_hf/attention/cpu.py packs), and which keys a tile of
-// queries has to visit.
+// What a call of the kernels is given (the C ABI that stof_hf/attention/cpu.py packs), and which
+// keys a tile of queries has to visit.
 #pragma once
 
 #include <algorithm>
@@ -12,17 +12,20 @@ constexpr int kTile = 64;
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-struct Strides3 { int64_t batch, head, row; };
+struct Strides3 {
+  int64_t batch, head, row;
+};
 
-// Sizes and strides count elements. Every field is 8 bytes wide, so that the caller packs it without padding.
+// Sizes and strides count elements. Every field is 8 bytes wide, so that the caller packs it
+// without padding.
 struct Problem {
   const void* query;
   const void* key;
   const void* value;
-  void* out;          // [B, Sq, H, Dv]
-  float* lse;         // [B, H, Sq]
-  const float* bias;  // broadcast to [B, H, Sq, Sk] by strides of 0; or null
-  const float* sinks; // [H] or null
+  void* out;                  // [B, Sq, H, Dv]
+  float* lse;                 // [B, H, Sq]
+  const float* bias;          // broadcast to [B, H, Sq, Sk] by strides of 0; or null
+  const float* sinks;         // [H] or null
   const int32_t* pattern_id;  // [Bm, Hm] or null: every key is allowed
   const int32_t* row_ptr;     // [P, tile_rows + 1]
   const int32_t* run_col;
@@ -44,14 +47,19 @@ struct Problem {
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-static inline uint64_t low_bits(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+static inline uint64_t low_bits(int64_t n) {
+  return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1;
+}
 
-// The tiles of 64 keys that one tile of up to 64 queries visits. Tiles are aligned to the key tensor; where a view
-// begins inside a storage tile, a word is put together from the four storage tiles below it.
+// The tiles of 64 keys that one tile of up to 64 queries visits. Tiles are aligned to the key
+// tensor; where a view begins inside a storage tile, a word is put together from the four storage
+// tiles below it.
 class TileRow {
  public:
   static constexpr int32_t kFull = -1, kEmpty = -2, kMixed = -3;
-  struct Entry { int32_t tile, code; };
+  struct Entry {
+    int32_t tile, code;
+  };
 
   void open(const Problem& p, int64_t b, int64_t h, int64_t first_row, int rows) {
     p_ = &p;
@@ -72,7 +80,8 @@ class TileRow {
     if (row_shift_ == 0 && col_shift_ == 0) {
       for (int32_t r = ptr[0]; r < ptr[1]; ++r) {
         const int64_t begin = std::max<int64_t>(p.run_col[r] - tile_col, 0);
-        const int64_t end = std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - tile_col, tiles_);
+        const int64_t end =
+            std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - tile_col, tiles_);
         for (int64_t t = begin; t < end; ++t) push(t, p.run_bits[r]);
       }
       return;
@@ -83,7 +92,8 @@ class TileRow {
       if (i == 1 && !two_rows) continue;
       for (int32_t r = ptr[i]; r < ptr[i + 1]; ++r) {
         const int64_t begin = std::max<int64_t>(p.run_col[r] - tile_col, 0);
-        const int64_t end = std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - tile_col, tiles_ + 1);
+        const int64_t end =
+            std::min<int64_t>((int64_t)p.run_col[r] + p.run_len[r] - tile_col, tiles_ + 1);
         for (int64_t t = begin; t < end; ++t) codes_[i][t] = p.run_bits[r];
       }
     }
@@ -102,8 +112,8 @@ class TileRow {
 
   const std::vector<Entry>& entries() const { return entries_; }
 
-  // One word a query: which of the tile's keys it attends to. Returns false where all queries attend to all 64 keys,
-  // and leaves the words alone.
+  // One word a query: which of the tile's keys it attends to. Returns false where all queries
+  // attend to all 64 keys, and leaves the words alone.
   bool words(const Entry& e, uint64_t* out) const {
     const uint64_t keep = key_word(e.tile);
     if (e.code == kFull) {

@@ -1,5 +1,6 @@
-// Vectors of the widest float registers the build machine has, through the vector extensions of GCC and Clang, with
-// intrinsics only where those generate worse code (blends by bit mask, rounding to a power of two, half precision).
+// Vectors of the widest float registers the build machine has, through the vector extensions of GCC
+// and Clang, with intrinsics only where those generate worse code (blends by bit mask, rounding to
+// a power of two, half precision).
 #pragma once
 
 #include <cstdint>
@@ -32,14 +33,30 @@ typedef int32_t vi __attribute__((vector_size(W * 4)));
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-struct bf16 { uint16_t bits; };
-struct fp16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
 
-static inline vf load(const float* p) { vf x; std::memcpy(&x, p, sizeof x); return x; }
+static inline vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
 static inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
 static inline vf splat(float x) { return vf{} + x; }
-static inline vi as_int(vf x) { vi y; std::memcpy(&y, &x, sizeof y); return y; }
-static inline vf as_float(vi x) { vf y; std::memcpy(&y, &x, sizeof y); return y; }
+static inline vi as_int(vf x) {
+  vi y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+static inline vf as_float(vi x) {
+  vf y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
 
 // The second operand wins where either is NaN, so a NaN in it survives.
 static inline vf max_keep_nan(vf floor, vf x) { return floor > x ? floor : x; }
@@ -55,8 +72,8 @@ static inline vf keep_lanes(uint32_t bits, vf x) {
 #endif
 }
 
-// exp(x) for x <= ~88; exactly 0 for x = -inf; NaN stays NaN. `Fine` gives the last bits of fp32 (relative error 1e-7),
-// otherwise 3e-6, which is far below the rounding of half-precision outputs.
+// exp(x) for x <= ~88; exactly 0 for x = -inf; NaN stays NaN. `Fine` gives the last bits of fp32
+// (relative error 1e-7), otherwise 3e-6, which is far below the rounding of half-precision outputs.
 template <bool Fine>
 static inline vf vexp(vf x) {
   x = max_keep_nan(splat(-150.f), x);
@@ -109,7 +126,8 @@ static inline float hmax(vf x) {
   return m;
 }
 
-// One butterfly of a W x W transpose: swaps the off-diagonal step x step blocks of the pair of rows (a, b).
+// One butterfly of a W x W transpose: swaps the off-diagonal step x step blocks of the pair of rows
+// (a, b).
 template <int Step, size_t... I>
 static inline void swap_blocks(vf& a, vf& b, std::index_sequence<I...>) {
   const vf lo = __builtin_shufflevector(a, b, ((I & Step) ? (int)I - Step + W : (int)I)...);

@@ -44,7 +44,7 @@ def forward(
     finite = bool(v.isfinite().all())
 
     for b, h in _groups(mask, batch, heads):
-        kv_heads = torch.arange(heads)[h] // (heads // k.shape[1])
+        kv_heads = torch.arange(heads, device="cpu")[h] // (heads // k.shape[1])
         keys, values = k[b, kv_heads], v[b, kv_heads]
         for start in range(0, q_len, _ROWS):
             rows = slice(start, min(start + _ROWS, q_len))
@@ -95,7 +95,7 @@ class _Softmax:
         if seen is None:
             self.out += weights @ values
             return
-        for part in torch.arange(weights.shape[-1]).split(16):
+        for part in torch.arange(weights.shape[-1], device="cpu").split(16):
             terms = weights[..., part, None] * values[:, :, None, part]
             self.out += torch.where(seen[..., part, None], terms, 0).sum(-2)
 
@@ -130,20 +130,21 @@ def _row_keys(
     """Keys that some of the query rows attend to, int64 [n], and which ones, bool [rows, n]."""
     n = rows.stop - rows.start
     if mask is None:
-        return torch.arange(kv_len), torch.ones(1, kv_len, dtype=torch.bool).expand(n, -1)
+        keys = torch.arange(kv_len, device="cpu")
+        return keys, torch.ones_like(keys, dtype=torch.bool).expand(n, -1)
     pattern = int(mask.pattern_id[b, h])
     first, col_start = int(mask.row_start) + rows.start, int(mask.col_start)
     tile_rows = range(first // TILE, (first + n - 1) // TILE + 1)
     runs = [_tiles(mask, pattern, t) for t in tile_rows]
     tiles = torch.cat([cols for cols, _ in runs]).unique()
-    allowed = torch.zeros(len(runs), TILE, len(tiles), TILE, dtype=torch.bool)
+    allowed = tiles.new_zeros(len(runs), TILE, len(tiles), TILE, dtype=torch.bool)
     for i, (cols, content) in enumerate(runs):
         place = torch.searchsorted(tiles, cols)
         full = content == FULL
         allowed[i][:, place[full]] = True
         words = bits.unpack(mask.tile_bits[content[~full], :, None], TILE)
         allowed[i][:, place[~full]] = words.transpose(0, 1)
-    keys = (tiles[:, None] * TILE + torch.arange(TILE)).flatten() - col_start
+    keys = (tiles[:, None] * TILE + torch.arange(TILE, device="cpu")).flatten() - col_start
     allowed = allowed.flatten(2).flatten(0, 1)[first % TILE : first % TILE + n]
     used = (keys >= 0) & (keys < kv_len) & allowed.any(0)
     return keys[used], allowed[:, used]
@@ -155,5 +156,5 @@ def _tiles(mask: SparseMask, pattern: int, tile_row: int) -> tuple[torch.Tensor,
     length = mask.run_len[begin:end].long()
     before = (length.cumsum(0) - length).repeat_interleave(length)
     cols = mask.run_col[begin:end].long().repeat_interleave(length)
-    cols = cols + torch.arange(len(cols)) - before
+    cols = cols + torch.arange(len(cols), device="cpu") - before
     return cols, mask.run_bits[begin:end].long().repeat_interleave(length)

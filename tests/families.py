@@ -44,7 +44,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 
 @dataclass(frozen=True)
 class Family:
-    """A tiny model: class names of the configuration and the model, and the configuration's arguments.
+    """A tiny model: class names of its configuration and itself, and the configuration's arguments.
 
     kind: "encoder" and "decoder" (text), "encdec", "vision", "audio", "whisper", "clip", "llava".
     skip: what the family cannot do with any attention implementation, and why.
@@ -75,7 +75,9 @@ class Family:
         return model.eval()
 
 
-_NO_BLOCK_IDS = "Transformers 5.17 calls create_chunked_causal_mask with an argument that it lacks"
+_NO_BLOCK_IDS = {}
+if Version(transformers.__version__) < Version("5.18"):
+    _NO_BLOCK_IDS = {"static": "it calls create_chunked_causal_mask with an argument that it lacks"}
 _NEEDS_2D = "computes with the 2D mask outside attention"
 
 
@@ -87,8 +89,8 @@ def _bert(
 
 
 def _causal(
-    name: str, prefix: str, base: dict[str, Any] = _GQA, *, config: str | None = None, model: str | None = None,
-    skip: dict[str, str] | None = None, **arguments: Any,
+    name: str, prefix: str, base: dict[str, Any] = _GQA, *, config: str | None = None,
+    model: str | None = None, skip: dict[str, str] | None = None, **arguments: Any,
 ) -> Family:  # fmt: skip
     return Family(
         name, "decoder", config or f"{prefix}Config", model or f"{prefix}ForCausalLM",
@@ -127,12 +129,14 @@ FAMILIES = [
     _bert("modernbert", "ModernBert", local_attention=8, global_attn_every_n_layers=2,
           max_position_embeddings=64, cls_token_id=1, sep_token_id=2),
     Family("distilbert", "encoder", "DistilBertConfig", "DistilBertModel",
-           {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "pad_token_id": 0}),
+           {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48,
+            "pad_token_id": 0}),
     Family("gpt2", "decoder", "GPT2Config", "GPT2LMHeadModel",
            {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64,
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
     _causal("gpt-neox", "GPTNeoX", _TEXT),
-    _causal("gpt-bigcode", "GPTBigCode", {}, vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    _causal("gpt-bigcode", "GPTBigCode", {}, vocab_size=99, n_embd=32, n_layer=2, n_head=4,
+            n_positions=64),
     _causal("opt", "OPT", _TEXT, ffn_dim=48, word_embed_proj_dim=32, skip={"4d": _NEEDS_2D}),
     _causal("biogpt", "BioGpt", _TEXT),
     _causal("llama", "Llama"),
@@ -156,13 +160,14 @@ FAMILIES = [
     _causal("smollm3", "SmolLM3"),
     _causal("glm4", "Glm4"),
     _causal("nemotron", "Nemotron"),
-    _causal("gpt-oss", "GptOss", {**_WINDOW, **_MOE}, layer_types=["sliding_attention", "full_attention"]),
-    _causal("llama4", "Llama4", _GQA, config="Llama4TextConfig", num_local_experts=2, attention_chunk_size=8,
-            intermediate_size_mlp=48, skip={"static": _NO_BLOCK_IDS} if Version(transformers.__version__) < Version("5.18") else {},
+    _causal("gpt-oss", "GptOss", {**_WINDOW, **_MOE},
+            layer_types=["sliding_attention", "full_attention"]),
+    _causal("llama4", "Llama4", _GQA, config="Llama4TextConfig", num_local_experts=2,
+            attention_chunk_size=8, intermediate_size_mlp=48, skip=_NO_BLOCK_IDS,
             layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0]),
-    _causal("deepseek-v3", "DeepseekV3", _TEXT, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
-            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2,
-            n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1),
+    _causal("deepseek-v3", "DeepseekV3", _TEXT, num_key_value_heads=4, q_lora_rank=16,
+            kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+            n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=16, first_k_dense_replace=1),
     _seq2seq("t5", "T5", _T5),
     _seq2seq("mt5", "MT5", _T5),
     _seq2seq("bart", "Bart"),
@@ -186,8 +191,8 @@ FAMILIES = [
     _sound("wav2vec2", "Wav2Vec2"),
     _sound("hubert", "Hubert"),
     Family("ast", "spectrogram", "ASTConfig", "ASTModel",
-           {**{k: v for k, v in _VISION.items() if k != "image_size"}, "patch_size": 4, "frequency_stride": 4,
-            "time_stride": 4, "max_length": 24, "num_mel_bins": 16}),
+           {**{k: v for k, v in _VISION.items() if k != "image_size"}, "patch_size": 4,
+            "frequency_stride": 4, "time_stride": 4, "max_length": 24, "num_mel_bins": 16}),
     Family("llava", "llava", "LlavaConfig", "LlavaForConditionalGeneration",
            {"text_config": {"model_type": "llama", **_GQA, "max_position_embeddings": 64},
             "vision_config": {"model_type": "clip_vision_model", **_VISION, "projection_dim": 16},

@@ -84,7 +84,7 @@ class TinyConfig(PretrainedConfig):
         self.hidden_size = 16
         super().__init__(**kwargs)
 
-def eager_attention_forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def eager_attention_forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -446,8 +446,8 @@ def test_packed_documents_by_lengths() -> None:
     for causal in (False, True):
         allowed = same & torch.ones(70, 70, dtype=torch.bool).tril() if causal else same
         actual = stof_attention(
-            LAYER, q, k, v, None, is_causal=causal, cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=37,
-            max_length_k=37,
+            LAYER, q, k, v, None, is_causal=causal, cu_seq_lens_q=cu, cu_seq_lens_k=cu,
+            max_length_q=37, max_length_k=37,
         )  # fmt: skip
         assert close(sdpa(q, k, v, attn_mask=allowed), actual[0])
     with pytest.raises(UnsupportedError, match="as many keys as queries"):

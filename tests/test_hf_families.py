@@ -139,8 +139,8 @@ def test_generate(family: Family, cache: str) -> None:
         model.set_attn_implementation(implementation)
         out = model.generate(
             **inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, cache_implementation=None if cache == "dynamic" else "static",
-            disable_compile=True, use_cache=True,
+            return_dict_in_generate=True, disable_compile=True, use_cache=True,
+            cache_implementation=None if cache == "dynamic" else "static",
         )  # fmt: skip
         results.append(torch.stack(out.logits))
     assert results[0].shape == results[1].shape

@@ -180,34 +180,27 @@ def test_functions_that_branch_are_not_recognised() -> None:
         assert isinstance(pattern_of(function, 10, False, False, 1).pattern, patterns.Custom)
 
 
-SKIPS = [
-    {"q_length": 5, "kv_length": 5},
-    {"q_length": 1, "kv_length": 9, "q_offset": 8},
-    {"q_length": 4, "kv_length": 9, "q_offset": 0},
-    {"q_length": 4, "kv_length": 9, "q_offset": 5},
-    {"q_length": 5, "kv_length": 5, "local_size": 4},
-    {"q_length": 5, "kv_length": 5, "local_size": 6},
-    {"q_length": 5, "kv_length": 5, "allow_is_causal_skip": False},
-    {
-        "q_length": 5,
-        "kv_length": 5,
-        "allow_is_causal_skip": False,
-        "allow_is_bidirectional_skip": True,
-    },
-    {"q_length": 5, "kv_length": 5, "attention_mask": torch.ones(2, 5, dtype=torch.bool)},
-    {
-        "q_length": 5,
-        "kv_length": 5,
-        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool(),
-    },
-]
+BIDIRECTIONAL = {"q_length": 5, "kv_length": 5, "allow_is_bidirectional_skip": True}
+ONES, HOLE = torch.ones(2, 5, dtype=torch.bool), torch.tensor([[1] * 5, [1, 1, 1, 1, 0]]).bool()
 
 
-@pytest.mark.parametrize("arguments", SKIPS, ids=[str(i) for i in range(len(SKIPS))])
-def test_skips_where_sdpa_does(arguments: dict[str, Any]) -> None:
-    expected = sdpa_mask(batch_size=2, **arguments)
-    actual = stof_mask(batch_size=2, **arguments)
-    assert (expected is None) == (actual is None)
+@pytest.mark.parametrize(
+    ("none", "arguments"),
+    [
+        (True, {"q_length": 1, "kv_length": 9, "q_offset": 8}),
+        (False, {"q_length": 1, "kv_length": 9, "q_offset": 8, "allow_is_causal_skip": False}),
+        (False, {"q_length": 1, "kv_length": 9, "q_offset": 8, "local_size": 9}),
+        (True, {"q_length": 1, "kv_length": 8, "q_offset": 7, "local_size": 9}),
+        (False, {"q_length": 5, "kv_length": 5}),
+        (False, {"q_length": 4, "kv_length": 9}),
+        (True, {**BIDIRECTIONAL}),
+        (True, {**BIDIRECTIONAL, "attention_mask": ONES}),
+        (False, {**BIDIRECTIONAL, "attention_mask": HOLE}),
+        (False, {**BIDIRECTIONAL, "local_size": 5}),
+    ],
+)  # fmt: skip
+def test_none_where_all_keys_are_allowed(none: bool, arguments: dict[str, Any]) -> None:
+    assert (stof_mask(batch_size=2, **arguments) is None) == none
 
 
 def test_prepared_masks_pass_through() -> None:
@@ -251,6 +244,11 @@ def test_every_mask_creator() -> None:
                     config._attn_implementation = implementation
                     made = creator(config=config, **arguments)
                     results.append(None if made is None else dense(made, (2, 1, 10, 10)))
+                if results[0] is None:  # sdpa leaves causality to the layer
+                    causal = "bidirectional" not in name
+                    results[0] = (
+                        torch.ones(2, 1, 10, 10, dtype=torch.bool).tril() if causal else None
+                    )
                 assert (results[0] is None) == (results[1] is None), name
                 assert results[0] is None or torch.equal(*results), name
 
@@ -323,7 +321,7 @@ def test_static_cache_length_is_not_read() -> None:
 
 
 def test_static_cache_continued_with_many_tokens() -> None:
-    """A second long prompt on a static cache: more queries than a view serves, offset in a tensor."""
+    """A second long prompt: more queries than a view serves, and the offset is in a tensor."""
     family = next(f for f in FAMILIES if f.name == "llama")
     ids = inputs_of(family, length=50)["input_ids"]
     outputs = []

@@ -96,7 +96,8 @@ def test_t5_self_attention_only() -> None:
     encoded = run(model.encoder, input_ids=inputs["input_ids"],
                   attention_mask=additive(values(LONG, n_enc)[None, None]))  # fmt: skip
     expected = run(model, encoder_outputs=(encoded,), decoder_input_ids=inputs["decoder_input_ids"],
-                   decoder_attention_mask=additive((values(LONG, n_dec) & causal)[None, None]))  # fmt: skip
+                   decoder_attention_mask=additive((values(LONG, n_dec) & causal)[None, None]),
+                   )  # fmt: skip
     stof_hf.set_pattern(model, LONG)
     assert model.encoder.config.stof == model.decoder.config.stof == model.config.stof
     assert close(expected, run(model, **inputs))
@@ -158,8 +159,8 @@ def test_generate_equals_full_forward(name: str, cache: str) -> None:
     )  # fmt: skip
     full_mask = torch.cat([mask, torch.ones(2, 20, dtype=mask.dtype)], 1)
     position_ids = (full_mask.cumsum(-1) - 1).clamp(min=0)
-    logits = run(model, input_ids=out.sequences, attention_mask=full_mask, position_ids=position_ids,
-                 use_cache=False)  # fmt: skip
+    logits = run(model, input_ids=out.sequences, attention_mask=full_mask,
+                 position_ids=position_ids, use_cache=False)  # fmt: skip
     assert close(torch.stack(out.logits, 1), logits[:, 11:-1])
     stof_hf.set_pattern(model, None)
     dense = run(model, input_ids=out.sequences, attention_mask=full_mask, position_ids=position_ids)
@@ -289,8 +290,8 @@ def test_patterns_per_head() -> None:
     assert close(expected, run(model, input_ids=ids))
 
 
-def test_sub_model_patterns_are_kept_apart(tmp_path: Path) -> None:
-    """A pattern set on a part of a model adds to the whole model's, also after saving and loading."""
+def test_patterns_on_a_part_add_to_those_of_the_whole() -> None:
+    """A pattern set on a part of a model adds to the whole model's."""
     model = family("t5").build("stof")
     inputs = inputs_of(family("t5"))
     stof_hf.set_pattern(model, patterns.SlidingWindow(6, 6))

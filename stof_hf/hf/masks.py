@@ -58,8 +58,9 @@ def stof_mask(
         use_vmap: the mask function takes single indices, not index tensors.
         device: where the mask will be used.
 
-    Returns None in the cases in which `sdpa_mask` does, except that the padding of a batch on a
-    GPU is not read to find out whether it is all ones.
+    Returns None where all keys are allowed: for a bidirectional mask, and for a single query.
+    Unlike `sdpa_mask`, it does not leave causality to a flag of the layer, which not all layers set right,
+    and does not read padding on a GPU to find out whether it is all ones.
     """
     device = torch.device(device)
     if isinstance(attention_mask, Pattern):
@@ -73,9 +74,8 @@ def stof_mask(
     if attention_mask is not None and attention_mask.ndim != 2:
         return attention_mask
     padding = _padding(attention_mask, batch_size, kv_length, kv_offset)
-    if padding is None and _skips(
-        q_length, kv_length, q_offset, local_size, allow_is_causal_skip, allow_is_bidirectional_skip
-    ):
+    everything = allow_is_bidirectional_skip or (allow_is_causal_skip and q_length == 1)
+    if padding is None and everything and (local_size is None or kv_length < local_size):
         return None
     if isinstance(q_offset, torch.Tensor):
         # The cache adds to its length in place once the mask is made.
@@ -128,24 +128,6 @@ def _padding(
     if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
         return None
     return padding
-
-
-def _skips(
-    q_length: int,
-    kv_length: int,
-    q_offset: int | torch.Tensor,
-    local_size: int | None,
-    causal: bool,
-    bidirectional: bool,
-) -> bool:
-    """Whether an unpadded mask is left to `is_causal`, or is no mask at all."""
-    if local_size is not None and kv_length >= local_size:
-        return False
-    if bidirectional:
-        return True
-    if not causal:
-        return False
-    return q_length == 1 or kv_length == q_length or (isinstance(q_offset, int) and q_offset == 0)
 
 
 def _evaluate(

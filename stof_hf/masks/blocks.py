@@ -29,7 +29,7 @@ class BlockMaskPattern(Pattern):
 
     @cached_property
     def _lists(self) -> list[np.ndarray]:
-        """Partial and full key blocks of each block row, int64 [B, H, rows, blocks], -1 for none."""
+        """Partial and full key blocks of each block row, int64 [B, H, rows, blocks], -1: none."""
         bm = self.block_mask
         out = []
         for count, index in (

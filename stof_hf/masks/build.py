@@ -1,8 +1,8 @@
 """Builders: from patterns, dense tensors, BlockMasks and COO tensors to a SparseMask.
 
-Closed-form patterns are settled on the host, from interval sets and a few distinct tiles, and copied
-to the device without waiting for it. Functions and tensors are evaluated tile by tile on their own
-device, with one synchronisation for every 65,536 tiles.
+Closed-form patterns are settled on the host, from interval sets and a few distinct tiles, and
+copied to the device without waiting for it. Functions and tensors are evaluated tile by tile on
+their own device, with one synchronisation for every 16,384 tiles.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import MaskError
 from . import bits
 from .bits import TILE
 from .blocks import BlockMaskPattern
 from .intervals import Intervals
-from .pattern import Pattern, Rows
+from .pattern import Pattern, Rows, whole
 from .patterns import Dense
-from .sparse_mask import FULL, SparseMask
+from .sparse_mask import EMPTY, FULL, SparseMask
 
-_GROUP = 65536
+_GROUP = 16384
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
 
 
@@ -52,6 +53,8 @@ def build(
         raise MaskError(f"expected a Pattern such as stof_hf.patterns.Causal(), not {pattern!r}")
     kv_len = q_len if kv_len is None else kv_len
     _check_lengths(q_len, kv_len)
+    whole("q_offset", q_offset)
+    whole("kv_offset", kv_offset)
     bound = pattern.bind(kv_offset + kv_len)
     batch, heads = bound.batch or 1, bound.heads or 1
     tile_rows = bits.words_per(q_len)
@@ -67,7 +70,8 @@ def build(
     )
     touched, full = rows.structure_of(bound)
     inner = kv_len // TILE
-    full = Intervals(np.minimum(full.lo, inner), np.minimum(full.hi, inner), rows.tiles) & rows.all()
+    full = Intervals(np.minimum(full.lo, inner), np.minimum(full.hi, inner), rows.tiles)
+    full = full & rows.all()
     tiles = _evaluate(bound, rows, *touched.minus(full).tiles(), device)
     return _assemble(
         rows, full, tiles, (batch, heads), q_len, padding, device,
@@ -90,7 +94,7 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
             words = bits.pack(part[t0 * TILE : (t0 + step) * TILE])
             ragged = -len(words) % TILE
             words = torch.nn.functional.pad(words, (0, 0, 0, ragged))
-            words = words.view(-1, TILE, rows.tiles).transpose(1, 2).reshape(-1, TILE)
+            words = words.view(-1, TILE, rows.tiles).transpose(1, 2).contiguous().view(-1, TILE)
             index = p * tile_rows * rows.tiles + t0 * rows.tiles + np.arange(len(words))
             row, tile = index // rows.tiles, index % rows.tiles
             collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
@@ -102,7 +106,10 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
 def build_coo(coo: torch.Tensor) -> SparseMask:
     """See `SparseMask.from_coo`."""
     if coo.layout != torch.sparse_coo or coo.dtype != torch.bool or coo.ndim not in (2, 4):
-        raise MaskError("expected a sparse COO tensor of booleans, [Sq, Sk] or [B, H, Sq, Sk]")
+        raise MaskError(
+            "expected a sparse COO tensor of booleans, [Sq, Sk] or [B, H, Sq, Sk], not "
+            f"{list(coo.shape)} of {coo.dtype}, {coo.layout}: use dense.to_sparse() or from_dense"
+        )
     coo = coo.coalesce()
     index = coo.indices()[:, coo.values()]
     shape = (1, 1, *coo.shape) if coo.ndim == 2 else tuple(coo.shape)
@@ -126,21 +133,23 @@ def build_coo(coo: torch.Tensor) -> SparseMask:
     return _assemble(rows, full, tiles, (batch, heads), q_len, None, q.device)
 
 
-def build_block_mask(block_mask: torch.nn.attention.flex_attention.BlockMask) -> SparseMask:
+def build_block_mask(block_mask: BlockMask) -> SparseMask:
     """See `SparseMask.from_block_mask`."""
+    if not isinstance(block_mask, BlockMask):
+        raise MaskError(
+            f"expected a BlockMask of torch.nn.attention.flex_attention, not {block_mask!r}"
+        )
     q_len, kv_len = block_mask.seq_lengths
     device = block_mask.kv_num_blocks.device
     return build(BlockMaskPattern(block_mask), q_len, kv_len, 0, 0, None, device)
 
 
 def _check_lengths(q_len: int, kv_len: int) -> None:
-    if q_len < 1 or kv_len < 1:
-        raise MaskError(f"a mask needs at least one query and one key, not {q_len} x {kv_len}")
+    whole("the number of queries", q_len, 1)
+    whole("the number of keys", kv_len, 1)
 
 
-def _bare_rows(
-    patterns: int, heads: int, q_len: int, kv_len: int
-) -> tuple[Rows, Intervals]:
+def _bare_rows(patterns: int, heads: int, q_len: int, kv_len: int) -> tuple[Rows, Intervals]:
     """Rows of masks given element by element, and no tile that is known to be full."""
     tile_rows = bits.words_per(q_len)
     n = np.arange(patterns * tile_rows)
@@ -193,7 +202,14 @@ def _words(
     # A mask function may index tensors of exactly the sequence's length: never ask beyond it.
     q, k = torch.minimum(q, last[:, None]), k.clamp(max=end)
     allowed = pattern(b[:, None, None], h[:, None, None], q[:, :, None], k[:, None, :])
-    allowed = allowed.expand(len(row), TILE, TILE) & q_in[:, :, None] & k_in[:, None, :]
+    try:
+        allowed = allowed.expand(len(row), TILE, TILE)
+    except RuntimeError as error:
+        raise MaskError(
+            "a mask function must return what its arguments b, h, q, k broadcast to, here "
+            f"{[len(row), TILE, TILE]}, not {list(allowed.shape)}"
+        ) from error
+    allowed = allowed & q_in[:, :, None] & k_in[:, None, :]
     return bits.pack(allowed).squeeze(-1)
 
 
@@ -216,7 +232,7 @@ class _Collector:
         empty = (words == 0).all(1)
         facts = [full.long(), empty.long(), _occupied(words), *_hashes(words)]
         summary = torch.stack(facts).cpu().numpy()
-        content = np.where(summary[0] == 1, FULL, -2)
+        content = np.where(summary[0] == 1, FULL, EMPTY)
         partial = np.flatnonzero((summary[0] == 0) & (summary[1] == 0))
         pairs = np.ascontiguousarray(summary[3:, partial].T)
         distinct, index, inverse = np.unique(pairs, axis=0, return_index=True, return_inverse=True)
@@ -249,8 +265,7 @@ class _Collector:
 
 def _occupied(words: torch.Tensor) -> torch.Tensor:
     """How many of each tile's 16 x 16 blocks hold a True, int64 [n]."""
-    quarters = (words.view(-1, 4, 16, 1) >> torch.arange(0, 64, 16, device=words.device)) & 0xFFFF
-    return (quarters != 0).any(2).sum((1, 2))
+    return (words.view(torch.int16).view(-1, 4, 16, 4) != 0).any(2).sum((1, 2))
 
 
 def _hashes(words: torch.Tensor) -> list[torch.Tensor]:
@@ -278,7 +293,7 @@ def _assemble(
     kv_offset: int = 0,
     pattern: Pattern | None = None,
 ) -> SparseMask:
-    held = tiles.content != -2
+    held = tiles.content != EMPTY
     full_row, full_lo, full_len = full.pieces()
     row = np.concatenate([full_row, tiles.row[held]])
     col = np.concatenate([full_lo, tiles.tile[held]])

@@ -8,22 +8,25 @@ from torch.nn.attention.flex_attention import BlockMask
 from ..errors import MaskError
 from . import bits
 from .bits import TILE
-from .sparse_mask import FULL, SparseMask
-
-_EMPTY = -2
+from .sparse_mask import EMPTY, FULL, SparseMask
 
 
-def _expanded(mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All stored tiles, one entry each: (pattern * tile rows + tile row, tile column, content)."""
-    starts, ends = mask.row_ptr[:, :-1].reshape(-1), mask.row_ptr[:, 1:].reshape(-1)
-    rows = torch.arange(len(starts), device=mask.device)
-    of_run = rows.repeat_interleave((ends - starts).long())
-    length = mask.run_len.long()
-    row = of_run.repeat_interleave(length)
-    begin = (length.cumsum(0) - length).repeat_interleave(length)
-    col = mask.run_col.long().repeat_interleave(length)
-    col = col + torch.arange(len(col), device=mask.device) - begin
-    return row, col, mask.run_bits.long().repeat_interleave(length)
+def _run_rows(mask: SparseMask) -> torch.Tensor:
+    """Of each run, pattern * tile rows + tile row, int64 [R]."""
+    count = (mask.row_ptr[:, 1:] - mask.row_ptr[:, :-1]).flatten()
+    rows = torch.arange(len(count), device=mask.device)
+    return rows.repeat_interleave(count, output_size=len(mask.run_col))
+
+
+def _spread(
+    rows: int, columns: int, row: torch.Tensor, mask: SparseMask, amount: torch.Tensor
+) -> torch.Tensor:
+    """The sum of `amount` over the runs that cover each tile: [rows, columns], in its dtype."""
+    edges = torch.zeros(rows * (columns + 1), dtype=amount.dtype, device=mask.device)
+    begin = row * (columns + 1) + mask.run_col
+    edges.index_add_(0, begin, amount)
+    edges.index_add_(0, begin + mask.run_len, -amount)
+    return edges.view(rows, columns + 1).cumsum(1, dtype=amount.dtype)[:, :-1]
 
 
 def tile_map(mask: SparseMask) -> torch.Tensor:
@@ -31,14 +34,13 @@ def tile_map(mask: SparseMask) -> torch.Tensor:
 
     int32 [P, tile rows, tile columns].
     """
-    row, col, content = _expanded(mask)
     columns = bits.words_per(mask.kv_len)
-    if mask.is_view:
-        columns = int(col.max()) + 1 if len(col) else 1
+    if mask.is_view and len(mask.run_col):
+        columns = int((mask.run_col + mask.run_len).max())
     patterns, tile_rows = mask.row_ptr.shape[0], mask.row_ptr.shape[1] - 1
-    out = torch.full((patterns * tile_rows, columns), _EMPTY, dtype=torch.int32, device=mask.device)
-    out[row, col] = content.int()
-    return out.view(patterns, tile_rows, columns)
+    row = _run_rows(mask)
+    out = _spread(patterns * tile_rows, columns, row, mask, mask.run_bits - EMPTY)
+    return out.add_(EMPTY).view(patterns, tile_rows, columns)
 
 
 def _stored_dense(mask: SparseMask) -> torch.Tensor:
@@ -70,30 +72,29 @@ def count_kept(mask: SparseMask) -> int:
         return int(to_dense(mask).sum())
     patterns, tile_rows = mask.row_ptr.shape[0], mask.row_ptr.shape[1] - 1
     columns = bits.words_per(mask.kv_len)
-    row, col, content = _expanded(mask)
-    place = row // tile_rows * columns + col
+    row = _run_rows(mask)
+    pattern = row // tile_rows
     used = (mask.q_len - row % tile_rows * TILE).clamp(max=TILE)
-    full = content == FULL
-    whole = torch.zeros(patterns * columns, dtype=torch.int64, device=mask.device)
-    whole.index_add_(0, place[full], used[full])
-    per_column = whole[:, None].repeat(1, TILE)
-    sums = torch.cat(
-        [bits.unpack(part[..., None], TILE).sum(1) for part in mask.tile_bits.split(4096)]
-    )
-    per_column.index_add_(0, place[~full], sums[content[~full]])
+    full = mask.run_bits == FULL
+    per_column = _spread(patterns, columns, pattern, mask, used * full)
+    per_column = per_column.repeat_interleave(TILE, dim=1).view(-1, TILE)
+    place = pattern * columns + mask.run_col
+    for part in (~full).nonzero().squeeze(1).split(4096):
+        words = mask.tile_bits[mask.run_bits[part].long()]
+        per_column.index_add_(0, place[part], bits.unpack(words[..., None], TILE).sum(1))
     per_column = per_column.view(patterns, -1)[:, : mask.kv_len]
+    per_column = per_column[mask.pattern_id.long()].sum(1)
     if mask.kv_valid is None:
-        return int(per_column.sum(1)[mask.pattern_id.long()].sum())
-    valid = bits.unpack(mask.kv_valid, mask.kv_len).long()
-    per_batch = per_column[mask.pattern_id.long()].sum(1)
-    return int((per_batch * valid).sum())
+        return int(per_column.sum())
+    return int((per_column * bits.unpack(mask.kv_valid, mask.kv_len)).sum())
 
 
 def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
     """See `SparseMask.to_block_mask`."""
     if mask.is_view:
         raise MaskError("a decode view has no BlockMask: convert the mask it was made of")
-    content, pid, words, valid = tile_map(mask), mask.pattern_id.long(), mask.tile_bits, mask.kv_valid
+    content, pid = tile_map(mask), mask.pattern_id.long()
+    words, valid = mask.tile_bits, mask.kv_valid
     if not len(words):
         words = words.new_zeros(1, TILE)
     per_batch, per_head = (n > 1 for n in mask.pattern_id.shape)
@@ -107,10 +108,11 @@ def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
         word = words[tile.clamp(min=0), q % TILE]
         allowed = (tile == FULL) | ((tile >= 0) & (((word >> (k % TILE)) & 1) == 1))
         if valid is not None:
-            allowed = allowed & (((valid[b if padded_batch else b * 0, k // TILE] >> (k % TILE)) & 1) == 1)
+            word = valid[b if padded_batch else b * 0, k // TILE]
+            allowed = allowed & (((word >> (k % TILE)) & 1) == 1)
         return allowed
 
-    partial = _blocks(content[pid] != _EMPTY, mask, block_size)
+    partial = _blocks(content[pid] != EMPTY, mask, block_size)
     return BlockMask.from_kv_blocks(
         *partial, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(mask.q_len, mask.kv_len)
     )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 
-
 class Intervals:
     """N interval sets over the tiles [0, limit)."""
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, ClassVar
@@ -16,6 +18,24 @@ from .bits import TILE
 from .intervals import Intervals
 
 Index = torch.Tensor
+
+
+def whole(name: str, value: Any, least: int = 0) -> int:
+    """`value`; MaskError if it is not a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MaskError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def positions(name: str, values: Any) -> tuple[int, ...]:
+    """`values` as a tuple of ints; MaskError if they are not positions in a sequence."""
+    try:
+        found = tuple(operator.index(v) for v in values)
+    except TypeError:
+        found = (-1,)
+    if min(found, default=0) < 0:
+        raise MaskError(f"{name} must be positions of at least 0, such as (0, 1), not {values!r}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,15 @@ class Pattern:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if cls.__name__.startswith("_"):
+            return
+        known = Pattern.registry.setdefault(cls.__name__, cls)
+        if known.__module__ != cls.__module__:
+            raise MaskError(
+                f"a pattern named {cls.__name__} exists already, and saved models find patterns by "
+                f"their name: rename the class in {cls.__module__}"
+            )
+        # A notebook may define its class again.
         Pattern.registry[cls.__name__] = cls
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
@@ -143,7 +172,7 @@ class Pattern:
         return Not(self)
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values with string keys, from which `Pattern.from_json` makes an equal pattern.
+        """A dict of JSON values with string keys; `Pattern.from_json` makes an equal pattern of it.
 
         Raises MaskError for patterns that hold a function or a dense tensor.
         """
@@ -165,6 +194,8 @@ class Pattern:
         >>> Pattern.from_json((~Causal()).to_json())
         Not(pattern=Causal())
         """
+        if not isinstance(data, dict):
+            raise MaskError(f"expected a dict made by Pattern.to_json(), not {data!r}")
         args = dict(data)
         name = args.pop("type", None)
         cls = Pattern.registry.get(name)  # type: ignore[arg-type]
@@ -204,18 +235,26 @@ def _from_jsonable(value: Any) -> Any:
     return value
 
 
-def _common(name: str, sizes: list[int | None]) -> int | None:
+def _check_pattern(value: Any) -> None:
+    if not isinstance(value, Pattern):
+        raise MaskError(f"only patterns combine, such as Causal(), not {value!r}")
+
+
+def _common(name: str, sizes: Iterable[int | None]) -> int | None:
     distinct = {s for s in sizes if s is not None and s != 1}
     if len(distinct) > 1:
-        raise MaskError(f"the combined patterns disagree in {name}: {sorted(distinct)}")
+        raise MaskError(
+            f"the combined patterns are for different {name}, {sorted(distinct)}: combine patterns "
+            "made for the same model inputs"
+        )
     return distinct.pop() if distinct else None
 
 
 def _mixed_radix(keys: list[np.ndarray]) -> np.ndarray:
-    """One int64 key that is equal exactly where all of the keys are."""
+    """One key below 2^55 that is equal exactly where all of the keys are."""
     out = keys[0]
     for key in keys[1:]:
-        if _span(out) * _span(key) >= 1 << 62:
+        if _span(out) * _span(key) >= 1 << 55:
             # Ranks keep the product of the ranges small whatever the keys are.
             out = np.unique(out, return_inverse=True)[1]
             key = np.unique(key, return_inverse=True)[1]
@@ -233,11 +272,14 @@ class _Combined(Pattern):
 
     def __post_init__(self) -> None:
         flat: list[Pattern] = []
+        if not self.patterns:
+            raise MaskError(f"{type(self).__name__} needs at least one pattern")
         for p in self.patterns:
+            _check_pattern(p)
             flat.extend(p.patterns if type(p) is type(self) else (p,))
         object.__setattr__(self, "patterns", tuple(flat))
-        object.__setattr__(self, "batch", _common("batch size", [p.batch for p in flat]))
-        object.__setattr__(self, "heads", _common("number of heads", [p.heads for p in flat]))
+        object.__setattr__(self, "batch", _common("batch sizes", (p.batch for p in flat)))
+        object.__setattr__(self, "heads", _common("numbers of heads", (p.heads for p in flat)))
         object.__setattr__(self, "length_free", all(p.length_free for p in flat))
         object.__setattr__(self, "serializable", all(p.serializable for p in flat))
 
@@ -296,6 +338,7 @@ class Not(Pattern):
     pattern: Pattern
 
     def __post_init__(self) -> None:
+        _check_pattern(self.pattern)
         for name in ("batch", "heads", "length_free", "serializable"):
             object.__setattr__(self, name, getattr(self.pattern, name))
 

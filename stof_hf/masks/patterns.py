@@ -21,19 +21,14 @@ import torch
 from ..errors import MaskError
 from .bits import TILE, words_per
 from .intervals import Intervals
-from .pattern import And, Index, Not, Or, Pattern, Rows
+from .pattern import And, Index, Not, Or, Pattern, Rows, positions, whole
 from .random_blocks import RandomBlocks
 
 __all__ = [
     "And", "BigBird", "Causal", "Chunked", "Custom", "Dense", "Dilated", "Documents", "Full",
-    "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM", "RandomBlocks", "SlidingWindow",
+    "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM", "RandomBlocks",
+    "SlidingWindow",
 ]  # fmt: skip
-
-
-def _whole(name: str, value: Any, least: int = 0) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise MaskError(f"{name} must be a whole number of at least {least}, not {value!r}")
-    return value
 
 
 def _diagonal(rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
@@ -80,8 +75,8 @@ class SlidingWindow(Pattern):
     right: int
 
     def __post_init__(self) -> None:
-        _whole("left", self.left)
-        _whole("right", self.right)
+        whole("left", self.left)
+        whole("right", self.right)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         return (k >= q - self.left) & (k <= q + self.right)
@@ -106,8 +101,8 @@ class Dilated(Pattern):
     dilation: int
 
     def __post_init__(self) -> None:
-        _whole("window", self.window)
-        _whole("dilation", self.dilation, 1)
+        whole("window", self.window)
+        whole("dilation", self.dilation, 1)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         reach = self.window * self.dilation
@@ -128,7 +123,7 @@ class Chunked(Pattern):
     size: int
 
     def __post_init__(self) -> None:
-        _whole("size", self.size, 1)
+        whole("size", self.size, 1)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         return q // self.size == k // self.size
@@ -145,7 +140,7 @@ class PrefixLM(Pattern):
     prefix: int
 
     def __post_init__(self) -> None:
-        _whole("prefix", self.prefix)
+        whole("prefix", self.prefix)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         return (k <= q) | (k < self.prefix)
@@ -163,8 +158,8 @@ class GlobalTokens(Pattern):
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        distinct = tuple(sorted({_whole("a global token", int(t)) for t in self.tokens}))
-        object.__setattr__(self, "tokens", distinct)
+        distinct = sorted(set(positions("tokens", self.tokens)))
+        object.__setattr__(self, "tokens", tuple(distinct))
 
     @cached_property
     def ranges(self) -> tuple[tuple[int, int], ...]:
@@ -252,8 +247,9 @@ class Longformer(_Composed):
     global_tokens: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "global_tokens", tuple(int(t) for t in self.global_tokens))
-        _ = self._parts
+        tokens = positions("global_tokens", self.global_tokens)
+        object.__setattr__(self, "global_tokens", tokens)
+        whole("window", self.window)
 
     def parts(self) -> Pattern:
         return SlidingWindow(self.window, self.window) | GlobalTokens(self.global_tokens)
@@ -281,7 +277,9 @@ class BigBird(_Composed):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "global_tokens", tuple(int(t) for t in self.global_tokens))
+        tokens = positions("global_tokens", self.global_tokens)
+        object.__setattr__(self, "global_tokens", tokens)
+        whole("window", self.window)
         object.__setattr__(self, "length_free", self._parts.length_free)
 
     def parts(self) -> Pattern:
@@ -305,7 +303,9 @@ class Documents(Pattern):
     def __post_init__(self) -> None:
         ids = torch.as_tensor(self.ids).detach().to("cpu", torch.int64)
         if ids.ndim not in (1, 2) or ids.numel() == 0:
-            raise MaskError(f"document ids must be [S] or [B, S] and not empty, not {list(ids.shape)}")
+            raise MaskError(
+                f"document ids must be [S] or [B, S] and not empty, not {list(ids.shape)}"
+            )
         ids = ids.reshape(-1, ids.shape[-1])
         object.__setattr__(self, "ids", tuple(map(tuple, ids.tolist())))
         object.__setattr__(self, "batch", ids.shape[0] if ids.shape[0] > 1 else None)
@@ -391,6 +391,9 @@ class Custom(Pattern):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise MaskError(f"Custom needs a mask function f(b, h, q, k), not {self.function!r}")
+        for name in ("batch", "heads"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         out = self.function(b, h, q, k)
@@ -420,20 +423,36 @@ class Dense(Pattern):
 
     def __post_init__(self) -> None:
         m = self.mask
-        if not isinstance(m, torch.Tensor) or m.dtype != torch.bool or m.ndim not in (2, 4):
-            raise MaskError("Dense needs a bool tensor [Sq, Sk] or [B, H, Sq, Sk]")
+        if not isinstance(m, torch.Tensor):
+            raise MaskError(f"a dense mask must be a tensor, not {type(m).__name__}")
+        if m.dtype != torch.bool:
+            raise MaskError(
+                f"a dense mask must hold booleans, True where attention is allowed, not {m.dtype}: "
+                "of an additive mask, give mask == 0"
+            )
+        if m.ndim not in (2, 4) or m.numel() == 0:
+            raise MaskError(
+                "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
+                f"{list(m.shape)}"
+            )
         object.__setattr__(self, "_version", None if m.is_inference() else m._version)
         if m.ndim == 4:
             object.__setattr__(self, "batch", m.shape[0] if m.shape[0] > 1 else None)
             object.__setattr__(self, "heads", m.shape[1] if m.shape[1] > 1 else None)
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
-        mask = self.mask.to(q.device)
-        mask = mask[None, None] if mask.ndim == 2 else mask
+        mask = self.mask[None, None] if self.mask.ndim == 2 else self.mask
         sq, sk = mask.shape[-2:]
         inside = (q < sq) & (k < sk)
-        b, h = (b if self.batch else 0), (h if self.heads else 0)
-        return mask[b, h, q.clamp(max=sq - 1), k.clamp(max=sk - 1)] & inside
+        # Where the devices differ, tile indices travel rather than the whole mask.
+        index = [
+            x.to(mask.device) if isinstance(x, torch.Tensor) else x
+            for x in (
+                b if self.batch else 0, h if self.heads else 0,
+                q.clamp(max=sq - 1), k.clamp(max=sk - 1),
+            )
+        ]  # fmt: skip
+        return mask[tuple(index)].to(q.device) & inside
 
     @cached_property
     def fingerprint(self) -> str:

@@ -66,14 +66,16 @@ def html(mask: SparseMask) -> str:
     figure.savefig(buffer, format="png", dpi=90)
     image = base64.b64encode(buffer.getvalue()).decode()
     full = int(mask.run_len[mask.run_bits == FULL].sum())
+    partial = int((mask.run_bits != FULL).sum())
     facts = {
         "shape": " x ".join(map(str, mask.shape)),
         "kept": f"{100 * mask.density:.3f} %",
         "full tiles": f"{full:,}",
-        "partial tiles": f"{int((mask.run_bits != FULL).sum()):,} ({len(mask.tile_bits):,} distinct)",
+        "partial tiles": f"{partial:,} ({len(mask.tile_bits):,} distinct)",
         "storage": f"{mask.nbytes / 1024:,.1f} KiB on {mask.device}",
     }
     cells = "".join(
         f"<tr><th>{escape.escape(k)}</th><td>{escape.escape(v)}</td></tr>" for k, v in facts.items()
     )
-    return f'<div><b>SparseMask</b><table>{cells}</table><img src="data:image/png;base64,{image}"></div>'
+    picture = f'<img src="data:image/png;base64,{image}">'
+    return f"<div><b>SparseMask</b><table>{cells}</table>{picture}</div>"

@@ -9,7 +9,7 @@ import torch
 
 from ..errors import MaskError
 from .intervals import Intervals
-from .pattern import Index, Pattern, Rows
+from .pattern import Index, Pattern, Rows, whole
 
 # splitmix64 (Steele, Lea and Flood, 2014): equal numbers on every device, whatever is evaluated.
 _GAMMA, _M1, _M2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -40,7 +40,7 @@ class RandomBlocks(Pattern):
         seed: of the draw; equal seeds draw equal blocks on every device.
         fill: share of the drawn blocks' elements that is allowed, in (0, 1]; each element is drawn.
         causal: draw from the blocks up to the query's own (all of them where there are fewer than
-            `blocks`), so that the draw does not depend on the number of keys: what generation needs.
+            `blocks`), so that the draw does not depend on the number of keys, as generation needs.
         kv_len: number of keys drawn from; set when a mask is built.
 
     Raises MaskError, when a mask is built, if there are fewer than `blocks` key blocks.
@@ -55,10 +55,8 @@ class RandomBlocks(Pattern):
 
     def __post_init__(self) -> None:
         for name, least in (("blocks", 0), ("block_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise MaskError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        if not 0 < self.fill <= 1:
+            whole(name, getattr(self, name), least)
+        if not isinstance(self.fill, int | float) or not 0 < self.fill <= 1:
             raise MaskError(f"fill must lie in (0, 1], not {self.fill!r}")
         if self.kv_len is not None and not self.causal and self.blocks > self._key_blocks:
             raise MaskError(
@@ -77,7 +75,7 @@ class RandomBlocks(Pattern):
         return RandomBlocks(self.blocks, self.block_size, self.seed, self.fill, False, kv_len)
 
     def _drawn(self, row: torch.Tensor) -> list[torch.Tensor]:
-        """The key blocks drawn for the query blocks `row`, one tensor a draw; -1 where there is none.
+        """The key blocks drawn for the query blocks `row`, one tensor a draw; -1 is none.
 
         Floyd's sampling without replacement (Bentley and Floyd, 1987).
         """

@@ -12,26 +12,29 @@ import torch
 
 from ..errors import MaskError
 from . import bits
-from .bits import TILE
+from .as_tensor import ActsAsTensor
 from .pattern import Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from torch.nn.attention.flex_attention import BlockMask
 
-FULL = -1
+FULL, EMPTY = -1, -2
+#: Entries of `plans` that hold on every device.
+HOST_FACTS = ("host_runs", "valid_share")
 STRUCTURE = ("pattern_id", "row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SparseMask:
+class SparseMask(ActsAsTensor):
     """Who may attend to whom, stored as runs of 64 x 64 tiles and bitmaps. Immutable.
 
     Level one is block-sparse rows by runs: the runs of tile row t of pattern p are the entries
-    `row_ptr[p, t]` to `row_ptr[p, t + 1]` of `run_col` (first tile), `run_len` (tiles) and `run_bits`
-    (-1: full; else the length is 1 and the entry indexes level two). Level two is `tile_bits`: 64
-    words a tile, bit c of word r set where row r may attend to column c. `pattern_id[b, h]` says
-    which of the P stored patterns a head uses; `kv_valid` holds padding as bits of the key sequence.
+    `row_ptr[p, t]` to `row_ptr[p, t + 1]` of `run_col` (first tile), `run_len` (tiles) and
+    `run_bits` (-1: full; else the length is 1 and the entry indexes level two). Level two is
+    `tile_bits`: 64 words a tile, bit c of word r set where row r may attend to column c.
+    `pattern_id[b, h]` says which of the P stored patterns a head uses; `kv_valid` holds padding as
+    bits of the key sequence.
 
     Args:
         q_len, kv_len: number of queries and keys, Sq and Sk.
@@ -169,7 +172,7 @@ class SparseMask:
         return self
 
     def to(self, device: Any, *args: Any, **kwargs: Any) -> SparseMask:
-        """The mask on another device; the structure is copied once per device. A dtype is ignored."""
+        """The mask on another device, its structure copied once. A dtype is ignored."""
         if isinstance(device, torch.dtype):
             return self
         device = torch.device(device)
@@ -178,20 +181,24 @@ class SparseMask:
         key = ("structure", device)
         if key not in self.plans:
             moved = {name: getattr(self, name).to(device) for name in STRUCTURE}
-            self.plans[key] = (moved, {})
+            known = {name: self.plans[name] for name in HOST_FACTS if name in self.plans}
+            self.plans[key] = (moved, known)
         moved, plans = self.plans[key]
 
         def carry(x: Any) -> Any:
             return x.to(device) if isinstance(x, torch.Tensor) else x
 
-        views = {name: carry(getattr(self, name)) for name in ("kv_valid", "row_start", "col_start")}
+        of_view = ("kv_valid", "row_start", "col_start")
+        views = {name: carry(getattr(self, name)) for name in of_view}
         return replace(self, **moved, **views, plans=plans)
 
     def with_padding(self, valid: torch.Tensor | None) -> SparseMask:
         """The same mask for a batch with padding; shares everything else. Does not synchronise.
 
         Args:
-            valid: bool [B, Sk], True at real keys, or None for no padding.
+            valid: bool or integer [B, Sk], true at real keys, or None for no padding.
+
+        Raises MaskError for another shape or for floats.
         """
         return self.with_words(None if valid is None else self._padding_words(valid))
 
@@ -205,9 +212,17 @@ class SparseMask:
                 f"padding must be [batch, {self.kv_len}] to fit the mask's keys, not "
                 f"{list(valid.shape)}: pad or cut the attention mask to the number of keys"
             )
+        if valid.is_floating_point():
+            raise MaskError(
+                f"padding must be booleans, True at real keys, not {valid.dtype}: of an additive "
+                "mask, give padding == 0"
+            )
         batch = self.pattern_id.shape[0]
         if batch != 1 and valid.shape[0] not in (1, batch):
-            raise MaskError(f"padding is for a batch of {valid.shape[0]}, the mask for {batch}")
+            raise MaskError(
+                f"padding is for a batch of {valid.shape[0]}, the mask for {batch}: one of them "
+                "must be 1, or both the same"
+            )
         return bits.pack(valid.to(self.device, torch.bool))
 
     def rows(
@@ -222,18 +237,23 @@ class SparseMask:
         Query i of the view is storage row start + i, key j is storage column col_start + j.
 
         Args:
-            start, col_start: int, or an int64 tensor with one element on the mask's device, which is
-                read by the kernel only: no synchronisation.
+            start, col_start: int, or an int64 tensor with one element on the mask's device, which
+                is read by the kernel only: no synchronisation.
             q_len, kv_len: queries and keys of the view.
 
         Raises MaskError where ints show that the view does not fit the mask.
         """
         if self.is_view:
             raise MaskError("rows() of a view: take them from the mask that the view was made of")
-        if isinstance(start, int) and not 0 <= start <= self.q_len - q_len:
-            raise MaskError(f"rows {start} to {start + q_len} lie outside a mask of {self.q_len} rows")
-        if isinstance(col_start, int) and not 0 <= col_start <= self.kv_len - kv_len:
-            raise MaskError(f"keys {col_start} to {col_start + kv_len} lie outside {self.kv_len} keys")
+        for name, begin, length, limit in (
+            ("queries", start, q_len, self.q_len), ("keys", col_start, kv_len, self.kv_len),
+        ):  # fmt: skip
+            begin = begin if isinstance(begin, int) else 0
+            if begin < 0 or length < 1 or begin + length > limit:
+                raise MaskError(
+                    f"{name} {begin} to {begin + length} do not lie in a mask of {limit} {name}: "
+                    "build the mask for a longer sequence"
+                )
         smaller = (q_len, kv_len) != (self.q_len, self.kv_len)
         if smaller and _is_zero(start) and _is_zero(col_start):
             # Two ints of 0 say that storage and mask end together, which full tiles rely on.
@@ -320,8 +340,9 @@ class SparseMask:
             return f"SparseMask({text}, view, {self.device})"
         padded = "" if self.kv_valid is None else ", padded"
         return (
-            f"SparseMask({text}, {100 * self.density:.1f}% kept, {self.row_ptr.shape[1] - 1} tile rows, "
-            f"{len(self.run_col)} runs, {len(self.tile_bits)} distinct partial tiles{padded}, {self.device})"
+            f"SparseMask({text}, {100 * self.density:.1f}% kept, {self.row_ptr.shape[1] - 1} tile "
+            f"rows, {len(self.run_col)} runs, {len(self.tile_bits)} distinct partial "
+            f"tiles{padded}, {self.device})"
         )
 
 

@@ -303,6 +303,30 @@ def test_unknown_argument_that_matters(name: str) -> None:
     with pytest.raises(UnsupportedError, match=f"passes {name}"):
         stof_attention(LAYER, *qkv(), None, **{name: torch.zeros(1)})
     stof_attention(LAYER, *qkv(), None, **{name: None})
+    layer = small_bert().encoder.layer[0].attention.self
+    layer.config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}
+    with pytest.raises(UnsupportedError, match=f"passes {name}"):
+        stof_attention(layer, *qkv(), None, **{name: torch.zeros(1)})
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_models_that_compute_with_their_mask(cache: str) -> None:
+    """Doge combines the mask with scores of its own before attention."""
+    torch.manual_seed(0)
+    config = transformers.DogeConfig(**SMALL, num_key_value_heads=1, pad_token_id=0)
+    model = transformers.DogeForCausalLM._from_config(config, attn_implementation="eager").eval()
+    mask = torch.ones_like(IDS)
+    mask[1, :4] = 0
+    results = []
+    for implementation in ("eager", "stof"):
+        model.set_attn_implementation(implementation)
+        out = model.generate(
+            IDS, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, output_logits=True,
+            return_dict_in_generate=True, disable_compile=True, do_sample=False,
+            cache_implementation=None if cache == "dynamic" else "static",
+        )  # fmt: skip
+        results.append(torch.stack(out.logits))
+    assert close(*results)
 
 
 def test_argument_that_the_models_own_attention_reads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def stof_attention(
     except UnsupportedError as error:
         if torch.compiler.is_compiling() or fallback_of(module) != "sdpa":
             raise
+        if _unsafe_arguments(module, kwargs):
+            raise  # sdpa would ignore them
         arguments = {
             "dropout": dropout, "scaling": scaling, "is_causal": is_causal, "softcap": softcap,
             "s_aux": s_aux, "position_bias": position_bias, **kwargs,
@@ -116,16 +118,19 @@ _HARMFUL = {"cache", "head_mask", "layer_head_mask", "alibi", "indices", "block_
 
 def _check_kwargs(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Raise for an argument that the model's own attention reads and this one does not."""
-    compiling = torch.compiler.is_compiling()
-    names = (_unsafe_names_traced if compiling else _unsafe_names)(type(module), *kwargs)
-    given = [name for name in names if kwargs[name] is not None]
+    given = _unsafe_arguments(module, kwargs)
     if given:
         raise UnsupportedError(
             f"{type(module).__name__} passes {', '.join(given)} to its attention, which changes "
             "the result and is not supported: load the model with "
-            'attn_implementation="sdpa" or "eager", or set '
-            'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}'
+            'attn_implementation="sdpa" or "eager"'
         )
+
+
+def _unsafe_arguments(module: nn.Module, kwargs: dict[str, Any]) -> list[str]:
+    compiling = torch.compiler.is_compiling()
+    names = (_unsafe_names_traced if compiling else _unsafe_names)(type(module), *kwargs)
+    return [name for name in names if kwargs[name] is not None]
 
 
 @functools.cache

@@ -59,8 +59,8 @@ def stof_mask(
         device: where the mask will be used.
 
     Returns None where all keys are allowed: for a bidirectional mask, and for a single query.
-    Unlike `sdpa_mask`, it does not leave causality to a flag of the layer, which not all layers set right,
-    and does not read padding on a GPU to find out whether it is all ones.
+    Unlike `sdpa_mask`, it does not leave causality to a flag of the layer, which not all layers set
+    right, and does not read padding on a GPU to find out whether it is all ones.
     """
     device = torch.device(device)
     if isinstance(attention_mask, Pattern):

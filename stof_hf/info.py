@@ -10,6 +10,7 @@ import warnings
 from importlib import metadata
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 
 from . import SparseMask, __version__, attention, patterns
@@ -80,8 +81,8 @@ def _try(device: str) -> str:
         try:
             out = attention(q, k, v, mask)
         except (StofError, ImportError, RuntimeError) as error:
-            return f"[red]fails[/]: {type(error).__name__}: {error}"
+            return f"[red]fails[/]: {type(error).__name__}: {escape(str(error))}"
     expected, _ = reference_attention(q, k, v, mask.to_dense())
     if not torch.allclose(out.double(), expected, atol=1e-2):
         return "[red]gives wrong results[/]"
-    return "; ".join(["works", *(str(warning.message) for warning in caught)])
+    return "; ".join(["works", *(escape(str(warning.message)) for warning in caught)])

@@ -11,7 +11,7 @@ from stof_hf.bench import attention as bench
 from stof_hf.bench import contestants, plot, summary
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Contestant, Problem
 from stof_hf.bench.masks import MASKS, bench_mask
-from stof_hf.errors import StofError
+from stof_hf.errors import MaskError, StofError
 
 CPU = torch.device("cpu")
 KEPT = {
@@ -147,9 +147,9 @@ def test_results_of_another_machine_are_not_mixed(tmp_path):
 def test_unknown_names():
     with pytest.raises(StofError, match="no contestant is called 'fast'"):
         bench.run([tiny()], contestants=["fast"], device=CPU)
-    with pytest.raises(ValueError, match="no mask is called 'dense'"):
+    with pytest.raises(MaskError, match="no mask is called 'dense'"):
         bench_mask("dense", 128, CPU)
-    with pytest.raises(ValueError, match="multiple of 32"):
+    with pytest.raises(MaskError, match="multiple of 32"):
         bench_mask("causal", 100, CPU)
 
 

@@ -9,6 +9,8 @@ from itertools import pairwise
 
 import torch
 
+from ..errors import MaskError
+
 __all__ = ["MASKS", "BenchMask", "bench_mask"]
 
 MASKS = ("causal", "sliding", "longformer", "bigbird", "document")
@@ -69,11 +71,13 @@ def bench_mask(name: str, seq_len: int, device: torch.device) -> BenchMask:
     0 and at seq_len / 2; bigbird: the band, 32 global tokens at 0, and of every row of 32x32 blocks
     the diagonal block or one of its neighbours filled to 10 % at random; document: packed documents
     of about 512 tokens, causal inside each.
+
+    Raises MaskError for another name and for a seq_len that is no multiple of 32.
     """
     if name not in MASKS:
-        raise ValueError(f"no mask is called {name!r}; there are {', '.join(MASKS)}")
+        raise MaskError(f"no mask is called {name!r}; there are {', '.join(MASKS)}")
     if seq_len % BLOCK:
-        raise ValueError(f"seq_len must be a multiple of {BLOCK}, not {seq_len}")
+        raise MaskError(f"seq_len must be a multiple of {BLOCK}, not {seq_len}")
     if name == "causal":
         return BenchMask(name, seq_len, lambda b, h, q, k: q >= k)
     if name == "sliding":

@@ -507,7 +507,7 @@ def test_training_gradients(name: str, checkpointing: bool) -> None:
                 if isinstance(getattr(module, attribute, None), float):
                     setattr(module, attribute, 0.0)
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         labels = inputs["labels"].clone()
         if "decoder_input_ids" not in inputs:
             labels[inputs["attention_mask"] == 0] = -100

@@ -11,9 +11,11 @@ import torch
 from families import FAMILIES, inputs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, LlamaConfig, StaticCache, masking_utils
 from transformers.masking_utils import and_masks, or_masks, sdpa_mask
 
+import stof_hf.hf.masks as hf_masks
 from stof_hf import SparseMask, patterns
 from stof_hf.hf.masks import stof_mask
 from stof_hf.hf.recognise import pattern_of, structural_key
@@ -309,7 +311,41 @@ def test_unknown_functions_are_cached_by_what_they_read() -> None:
     assert structural_key(lambda b, h, q, k: q % mutable[0] == 0, []) is None
 
 
-def test_static_cache_length_is_not_read() -> None:
+class Reads(TorchDispatchMode):
+    """Counts operations that wait for a device: reading a number, sizes that depend on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nonzero", "equal", "unique"):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("q_length", [1, 16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_steps_read_nothing_from_the_device(
+    q_length: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On the CPU alone it is free to look for padding that is all ones.
+    monkeypatch.setattr(hf_masks, "_all_ones_for_free", lambda padding: False)
+    padding = torch.ones(2, 16, dtype=torch.bool) if padded else None
+    for function in (CLOSED["causal"], CLOSED["window"], masking_utils.causal_mask_function):
+        for offset in (torch.tensor(5), 5):
+            arguments = {
+                "batch_size": 2, "q_length": q_length, "kv_length": 16, "q_offset": offset,
+                "mask_function": function, "attention_mask": padding,
+                "allow_is_causal_skip": False,
+            }  # fmt: skip
+            stof_mask(**arguments)
+            with Reads() as reads:
+                stof_mask(**arguments)
+            assert not reads.names
+
+
+def test_static_cache_length_is_copied() -> None:
     """The offset that a mask carries is a copy: the cache adds to its own in place."""
     length = torch.tensor(5)
     mask = stof_mask(

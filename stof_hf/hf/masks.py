@@ -115,7 +115,7 @@ def stof_mask(
 def _padding(
     attention_mask: torch.Tensor | None, batch_size: int, kv_length: int, kv_offset: int
 ) -> torch.Tensor | None:
-    """bool [B, kv_length] or None; all ones are only looked for where that costs nothing."""
+    """bool [B, kv_length], or None for no padding."""
     if attention_mask is None:
         return None
     if attention_mask.shape[0] not in (1, batch_size):
@@ -125,9 +125,13 @@ def _padding(
         )
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     padding = padding[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-    if padding.device.type == "cpu" and not torch.compiler.is_compiling() and bool(padding.all()):
-        return None
-    return padding
+    return None if _all_ones_for_free(padding) else padding
+
+
+def _all_ones_for_free(padding: torch.Tensor) -> bool:
+    if padding.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return bool(padding.all())
 
 
 def _evaluate(

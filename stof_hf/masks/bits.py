@@ -31,5 +31,6 @@ def pack(x: torch.Tensor) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, n: int) -> torch.Tensor:
     """Inverse of `pack`: int64 words [..., w] to bool [..., n], n <= 64 w."""
-    shifts = torch.arange(TILE, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & 1).bool().flatten(-2)[..., :n]
+    octets = words.contiguous().view(-1).view(torch.uint8)
+    lanes = (octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
+    return lanes.view(torch.bool).view(*words.shape[:-1], words.shape[-1] * TILE)[..., :n]

@@ -79,7 +79,7 @@ def count_kept(mask: SparseMask) -> int:
     per_column = _spread(patterns, columns, pattern, mask, used * full)
     per_column = per_column.repeat_interleave(TILE, dim=1).view(-1, TILE)
     place = pattern * columns + mask.run_col
-    for part in (~full).nonzero().squeeze(1).split(4096):
+    for part in (~full).nonzero().squeeze(1).split(512):
         words = mask.tile_bits[mask.run_bits[part].long()]
         per_column.index_add_(0, place[part], bits.unpack(words[..., None], TILE).sum(1))
     per_column = per_column.view(patterns, -1)[:, : mask.kv_len]

@@ -27,7 +27,7 @@ def picture(mask: SparseMask, batch: int = 0, head: int = 0) -> torch.Tensor:
         dense = to_dense(mask)
         return dense[min(batch, dense.shape[0] - 1), min(head, dense.shape[1] - 1)].float().cpu()
     content = tile_map(mask)[int(mask.pattern_id[b, h])].cpu()
-    filled = [bits.unpack(w, TILE * TILE).sum(1) for w in mask.tile_bits.cpu().split(4096)]
+    filled = [bits.unpack(w, TILE * TILE).sum(1) for w in mask.tile_bits.cpu().split(512)]
     share = torch.cat([torch.zeros(1), torch.ones(1), *(n / TILE**2 for n in filled)])
     image = share[(content + 2).long()]
     if mask.kv_valid is not None:

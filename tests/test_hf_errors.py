@@ -25,6 +25,10 @@ SMALL = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
     "intermediate_size": 32,
 }  # fmt: skip
+VISION = {
+    "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
+    "patch_size": 8,
+}  # fmt: skip
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
 BYPASSING = {
     "Longformer": {**SMALL, "attention_window": 4},
@@ -69,6 +73,12 @@ def test_models_that_bypass_the_interface(name: str, tmp_path: Path) -> None:
     with pytest.warns(StofWarning, match="computes attention on its own"):
         fallen = AutoModel.from_config(config, attn_implementation="stof")
     assert fallen.config._attn_implementation != "stof"
+
+
+def test_models_that_pick_classes_by_name() -> None:
+    config = transformers.GitConfig(**SMALL, vision_config={**VISION, "num_hidden_layers": 1})
+    with pytest.raises(UnsupportedError, match="picks classes"):
+        AutoModel.from_config(config, attn_implementation="stof")
 
 
 REMOTE = """

@@ -374,6 +374,21 @@ def test_static_cache_continued_with_many_tokens() -> None:
         assert float((outputs[0] - other).abs().max()) <= 1e-4
 
 
+def test_masks_act_as_tensors() -> None:
+    padding = torch.ones(2, 90, dtype=torch.bool)
+    padding[1, 50:] = False
+    mask = SparseMask.from_pattern(patterns.Causal(), 90, padding=padding)
+    dense = mask.to_dense()
+    last = mask[:, :, -3:, :]
+    assert isinstance(last, SparseMask) and torch.equal(last.to_dense(), dense[:, :, -3:])
+    assert torch.equal(mask[:, :, -40:, :], dense[:, :, -40:])
+    assert torch.equal(mask[..., :7], dense[..., :7])
+    assert torch.equal(torch.where(mask, 1.0, 2.0), torch.where(dense, 1.0, 2.0))
+    assert torch.equal(mask.float(), dense.float())
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mask.nothing
+
+
 def test_structure_in_graph() -> None:
     allowed = torch.rand(2, 1, 70, 130) < 0.3
     mask = SparseMask(70, 130, *structure_of(allowed))

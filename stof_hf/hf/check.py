@@ -47,6 +47,8 @@ def _wrap_check(original: Any) -> Any:
     ) -> str:
         if requested_attention in _NAMES and not uses_interface(type(self)):
             requested_attention = _refuse(self)
+        if requested_attention in _NAMES and is_init_check and _picks_classes(type(self)):
+            requested_attention = _refuse(self, _PICKS)
         chosen = original(self, requested_attention, is_init_check)
         if is_init_check:
             patching.register(self)
@@ -91,14 +93,20 @@ def _wrap_set(original: Any) -> Any:
     return set_attn_implementation
 
 
-def _refuse(model: PreTrainedModel) -> None:
+_BYPASSES = (
+    'computes attention on its own and would ignore attn_implementation="stof": load it without '
+    "attn_implementation; where it is a part of a larger model, name the other parts, as in "
+    'attn_implementation={"text_config": "stof"}'
+)
+_PICKS = (
+    'picks classes by the name of the attention implementation and knows no "stof": load it '
+    'without attn_implementation, then call model.set_attn_implementation("stof") for its other layers'
+)
+
+
+def _refuse(model: PreTrainedModel, reason: str = _BYPASSES) -> None:
     """Raise for a model that bypasses the interface, or warn where its configuration says so."""
-    name = type(model).__name__
-    message = (
-        f'{name} computes attention on its own and would ignore attn_implementation="stof": load '
-        "it without attn_implementation; where it is a part of a larger model, name the other "
-        'parts, as in attn_implementation={"text_config": "stof"}'
-    )
+    message = f"{type(model).__name__} {reason}"
     if (getattr(model.config, "stof", None) or {}).get("fallback") != "sdpa":
         raise UnsupportedError(message)
     warnings.warn(message, StofWarning, stacklevel=4)
@@ -136,6 +144,13 @@ def uses_interface(cls: type) -> bool:
         and not issubclass(c, PreTrainedModel)
     ]
     return not layers or any(_refers_to_interface(c) for c in layers)
+
+
+def _picks_classes(cls: type) -> bool:
+    """Whether the model's module holds a table from implementation names to classes, as SAM's."""
+    tables = (t for t in vars(sys.modules.get(cls.__module__)).values() if isinstance(t, dict))
+    named = (t for t in tables if "eager" in t and "stof" not in t)
+    return any(all(isinstance(c, type) for c in t.values()) for t in named)
 
 
 def _refers_to_interface(cls: type) -> bool:

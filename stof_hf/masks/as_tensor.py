@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map
 
+#: Kernels for views work row by row, which suits few rows only.
+FEW_ROWS = 16
+
 
 class ActsAsTensor:
     """Mixin: tensor operations on the mask work on its dense bool form, [B, H, Sq, Sk].
@@ -27,7 +30,16 @@ class ActsAsTensor:
 
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
-    def __getitem__(self, index: Any) -> torch.Tensor:
+    def __getitem__(self, index: Any) -> Any:
+        """A dense tensor; but all keys of a few queries, as Gemma 4 takes them, stay a mask."""
+        if isinstance(index, tuple) and len(index) == 4 and not self.is_view:
+            every = slice(None)
+            batch, head, queries, keys = index
+            if batch == head == keys == every and isinstance(queries, slice):
+                start, stop, step = queries.indices(self.q_len)
+                if step == 1 and 0 < stop - start <= FEW_ROWS:
+                    rows = self.rows(start, stop - start, self.kv_len)
+                    return rows.with_words(self.kv_valid)
         return self.to_dense()[index]
 
     def __getattr__(self, name: str) -> Any:

@@ -10,11 +10,10 @@ from functools import lru_cache
 
 import torch
 
+from .as_tensor import FEW_ROWS
 from .pattern import Pattern
 from .sparse_mask import SparseMask
 
-#: A step with at most this many queries takes a view: its kernels work row by row anyway.
-VIEW_ROWS = 16
 _LEAST_POSITIONS = 4096
 
 
@@ -52,7 +51,7 @@ def mask_for(
     known = isinstance(q_offset, int)
     # A function or tensor may hold no values beyond the positions asked for.
     longer = pattern.length_free and pattern.serializable
-    if not longer or q_len > VIEW_ROWS or (known and not q_offset and not on_device):
+    if not longer or q_len > FEW_ROWS or (known and not q_offset and not on_device):
         return _built(pattern, q_len, kv_len, int(q_offset), kv_offset, device)
     # With a tensor, the queries are among the keys: kv_len is the size of a static cache.
     positions = kv_offset + kv_len + q_len

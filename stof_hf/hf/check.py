@@ -100,7 +100,8 @@ _BYPASSES = (
 )
 _PICKS = (
     'picks classes by the name of the attention implementation and knows no "stof": load it '
-    'without attn_implementation, then call model.set_attn_implementation("stof") for its other layers'
+    "without attn_implementation, then switch its other layers with "
+    'model.set_attn_implementation("stof")'
 )
 
 

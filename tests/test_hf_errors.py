@@ -540,6 +540,32 @@ def test_device_map_and_half_precision(tmp_path: Path) -> None:
     assert float((run(model, input_ids=IDS) - run(reference, input_ids=IDS)).abs().max()) <= 0.1
 
 
+class Int8Linear(nn.Module):
+    """A linear layer with int8 weights and one scale a row, as quantisers put in a model."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale.detach())
+        self.register_buffer("weight", (linear.weight / scale).round().to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_quantised_weights() -> None:
+    model = family("llama").build("eager")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, Int8Linear(child))
+    inputs = inputs_of(family("llama"))
+    expected = run(model, **inputs)
+    stof_hf.set_pattern(model, patterns.SlidingWindow(1 << 20, 0))
+    assert close(expected, run(model, **inputs))
+
+
 def test_beam_search() -> None:
     model = family("bart").build("eager")
     ids = inputs_of(family("bart"))["input_ids"]

@@ -108,9 +108,9 @@ def check(
         raise UnsupportedError(
             f"query, key and value are on {device}, {k.device} and {v.device}: move them to one device"
         )
-    batch, heads, q_len, dim = q.shape
+    batch, heads, q_len, dim = q.shape if q.ndim == 4 else (0, 0, 0, 0)
     if (
-        k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]
+        q.ndim != 4 or k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3]
         or k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]
     ):  # fmt: skip
         raise UnsupportedError(

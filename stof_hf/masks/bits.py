@@ -31,6 +31,7 @@ def pack(x: torch.Tensor) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, n: int) -> torch.Tensor:
     """Inverse of `pack`: int64 words [..., w] to bool [..., n], n <= 64 w."""
-    octets = words.contiguous().view(-1).view(torch.uint8)
+    # A view as bytes needs a last stride of 1, which contiguous() leaves open for single words.
+    octets = words.contiguous().as_strided((words.numel(),), (1,)).view(torch.uint8)
     lanes = (octets[:, None] >> torch.arange(8, dtype=torch.uint8, device=words.device)) & 1
     return lanes.view(torch.bool).view(*words.shape[:-1], words.shape[-1] * TILE)[..., :n]

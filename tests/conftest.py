@@ -6,6 +6,10 @@ import hypothesis
 import pytest
 import torch
 
+# Triton kernels are tested in Triton's interpreter where there is no GPU to run them.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 hypothesis.settings.register_profile(
     "ci", max_examples=50, derandomize=True, deadline=None, database=None, print_blob=True
 )

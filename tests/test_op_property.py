@@ -1,14 +1,12 @@
 """stof_hf.attention against the fp64 oracle, forward and backward."""
 
-import json
-import subprocess
-import sys
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from measure import measure
 from strategies import Case, cases
 
 import stof_hf
@@ -295,27 +293,9 @@ def test_errors_of_options(options, message):
 
 
 def test_backward_never_holds_all_scores():
-    code = """
-import json, resource, sys
-import torch, stof_hf
-torch.set_num_threads(2)
-
-def peak():
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**20
-
-def work(n):
-    mask = stof_hf.SparseMask.from_pattern(stof_hf.patterns.SlidingWindow(64, 64), n)
+    work = """mask = stof_hf.SparseMask.from_pattern(stof_hf.patterns.SlidingWindow(64, 64), n)
     q, k, v = (torch.randn(1, 1, n, 16, requires_grad=True) for _ in range(3))
     stof_hf.attention(q, k, v, mask).sum().backward()
-    return bool(q.grad.isfinite().all() and k.grad.any())
-
-work(512)
-before = peak()
-fine = work(8192)
-print(json.dumps([fine, peak() - before]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    fine, mib = json.loads(done.stdout.splitlines()[-1])
+    return bool(q.grad.isfinite().all() and k.grad.any())"""
+    _, mib, fine = measure("import stof_hf", work, 512, 8192)
     assert fine and mib < 64, "8192 x 8192 scores are 256 MiB, their booleans 64 MiB"

@@ -174,14 +174,13 @@ def _evaluate(
         all_row, all_tile = row, tile
         row, tile = row[index], tile[index]
     collector = _Collector()
-    step = 256 if device.type == "cpu" else 4096
+    step = 128 if device.type == "cpu" else 4096
     for i in range(0, len(row), _GROUP):
         r, t = row[i : i + _GROUP], tile[i : i + _GROUP]
-        parts = [
-            _words(pattern, rows, r[j : j + step], t[j : j + step], device)
-            for j in range(0, len(r), step)
-        ]
-        collector.add(r, t, torch.cat(parts), rows.last[r] - rows.first[r] + 1)
+        words = torch.empty(len(r), TILE, dtype=torch.int64, device=device)
+        for j in range(0, len(r), step):
+            words[j : j + step] = _words(pattern, rows, r[j : j + step], t[j : j + step], device)
+        collector.add(r, t, words, rows.last[r] - rows.first[r] + 1)
     tiles = collector.finish(device)
     if inverse is not None:
         tiles.row, tiles.tile, tiles.content = all_row, all_tile, tiles.content[inverse]

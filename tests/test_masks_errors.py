@@ -158,3 +158,8 @@ def test_equal_patterns_have_equal_fingerprints():
     assert before == p.Dense(dense)
     dense[0, 1] = True
     assert before != p.Dense(dense)
+    with torch.inference_mode():
+        dense = EYE.clone()
+        before = p.Dense(dense)
+        dense[0, 1] = True
+        assert before == before and before != p.Dense(dense)

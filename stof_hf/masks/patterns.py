@@ -10,6 +10,7 @@ tokens. Example:
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,6 +30,9 @@ __all__ = [
     "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM", "RandomBlocks",
     "SlidingWindow",
 ]  # fmt: skip
+
+
+_serial = itertools.count()
 
 
 def _diagonal(rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
@@ -422,7 +426,8 @@ class Dense(Pattern):
     """A dense bool tensor [Sq, Sk] or [B or 1, H or 1, Sq, Sk], True where attention is allowed.
 
     Identified by the tensor's identity and version, so that its data are read only when a mask is
-    built. Has no JSON form.
+    built; a tensor made under inference_mode has no version, and each pattern of it is different.
+    Has no JSON form.
     """
 
     mask: torch.Tensor = field(repr=False)
@@ -443,7 +448,9 @@ class Dense(Pattern):
                 "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
                 f"{list(m.shape)}"
             )
-        object.__setattr__(self, "_version", None if m.is_inference() else m._version)
+        # Inference tensors do not count their versions: no two of their patterns are equal.
+        version = f"inference {next(_serial)}" if m.is_inference() else m._version
+        object.__setattr__(self, "_version", version)
         if m.ndim == 4:
             object.__setattr__(self, "batch", m.shape[0] if m.shape[0] > 1 else None)
             object.__setattr__(self, "heads", m.shape[1] if m.shape[1] > 1 else None)

@@ -13,6 +13,7 @@ import stof_hf
 from stof_hf import MaskError, SparseMask, UnsupportedError, patterns
 from stof_hf.attention.op import op_arguments
 from stof_hf.attention.reference import reference_attention
+from stof_hf.masks.traced import structure_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -149,6 +150,18 @@ def test_decode_views(case, data):
     q = tensor((batch, heads, q_len, 24), torch.float32, "transposed", 0)
     k, v = (tensor((batch, heads, kv_len, 24), torch.float32, "sliced", i) for i in (1, 2))
     compare({"q": q, "k": k, "v": v}, view, allowed)
+
+
+@given(cases(), st.booleans())
+def test_structure_computed_in_a_graph(case, grad):
+    """Every tile stored as bits, empty and full ones too: what a traced model computes."""
+    allowed = case.truth(padding=False)
+    mask = SparseMask(case.q_len, case.kv_len, *structure_of(allowed)).with_padding(case.padding)
+    allowed = case.truth()
+    batch, heads = (n if n > 1 else 2 for n in allowed.shape[:2])
+    q = tensor((batch, heads, case.q_len, 16), torch.float32, "transposed", 0)
+    k, v = (tensor((batch, heads, case.kv_len, 16), torch.float32, "contiguous", i) for i in (1, 2))
+    compare({"q": q, "k": k, "v": v}, mask, allowed, grad=grad)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -13,6 +13,7 @@ from strategies import cases
 from stof_hf import SparseMask, patterns
 from stof_hf.attention import select
 from stof_hf.attention.reference import reference_attention
+from stof_hf.masks.traced import structure_of
 
 triton_backend = pytest.importorskip("stof_hf.attention.triton", reason="Triton is not installed")
 
@@ -193,3 +194,6 @@ def test_random_masks(case, dim, dtype, grouped):
     kv_heads = 1 if grouped else heads
     q, k, v = make(batch, heads, kv_heads, case.q_len, case.kv_len, dim, dtype=dtype)
     compare(q, k, v, case.mask(), allowed)
+    bits_alone = structure_of(case.truth(padding=False))
+    mask = SparseMask(case.q_len, case.kv_len, *bits_alone).with_padding(case.padding)
+    compare(q, k, v, mask, allowed)

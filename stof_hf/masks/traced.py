@@ -78,7 +78,7 @@ def structure_of(allowed: torch.Tensor) -> list[torch.Tensor]:
     device = allowed.device
     words = bits.pack(F.pad(allowed, (0, -kv_len % TILE, 0, -q_len % TILE)))
     tile_rows, tile_cols = words.shape[2] // TILE, words.shape[3]
-    words = words.view(-1, TILE, tile_cols).transpose(1, 2).reshape(-1, TILE)
+    words = words.view(-1, TILE, tile_cols).transpose(1, 2).contiguous().view(-1, TILE)
     patterns = batch * heads
     runs = patterns * tile_rows * tile_cols
     int32 = {"dtype": torch.int32, "device": device}

@@ -1,0 +1,146 @@
+"""What only a CUDA GPU shows: no hidden synchronisation, CUDA graphs, gradients, equal masks."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+import stof_hf
+from stof_hf import SparseMask, patterns
+from stof_hf.attention.reference import reference_attention
+
+pytestmark = pytest.mark.gpu
+
+CLOSED_FORM = [
+    patterns.Causal(),
+    patterns.Longformer(100, (0, 700)),
+    patterns.BigBird(64, (0,), 2),
+    patterns.Documents([i // 100 for i in range(1000)]) & patterns.Causal(),
+    ~patterns.Chunked(300),
+]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture
+def no_sync():
+    """Turns synchronisations into errors between calls of no_sync(True) and the test's end."""
+
+    def switch(on):
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+    yield switch
+    switch(False)
+
+
+def make(*shape_pairs, dtype=torch.float32, grad=False):
+    out = []
+    for i, shape in enumerate(shape_pairs):
+        g = torch.Generator().manual_seed(i)
+        x = torch.randn(shape, generator=g).cuda().to(dtype)
+        out.append(x.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_(grad))
+    return out
+
+
+@pytest.mark.parametrize("pattern", CLOSED_FORM, ids=lambda p: type(p).__name__)
+def test_closed_form_builds_without_synchronising(pattern, no_sync):
+    SparseMask.from_pattern(pattern, 1000, device="cuda")
+    valid = torch.ones(2, 1000, dtype=torch.bool, device="cuda")
+    no_sync(True)
+    mask = SparseMask.from_pattern(pattern, 1000, device="cuda").with_padding(valid)
+    view = mask.rows(torch.zeros(1, dtype=torch.int64, device="cuda"), 1, 500)
+    no_sync(False)
+    assert torch.equal(mask.to_dense()[:1].cpu(), SparseMask.from_pattern(pattern, 1000).to_dense())
+    assert torch.equal(view.to_dense(), mask.to_dense()[:1, :, :1, :500])
+
+
+def test_attention_with_a_cached_mask_does_not_synchronise(no_sync):
+    q, k, v = make((2, 8, 1000, 64), (2, 2, 1000, 64), (2, 2, 1000, 64), dtype=torch.bfloat16)
+    mask = SparseMask.from_pattern(patterns.Longformer(100, (0,)), 1000, device="cuda")
+    valid = torch.ones(2, 1000, dtype=torch.bool, device="cuda")
+    start = torch.tensor([700], device="cuda")
+    for on in (False, True):
+        no_sync(on)
+        stof_hf.attention(q, k, v, mask.with_padding(valid))
+        stof_hf.attention(q[:, :, :1], k, v, mask.rows(start, 1, 1000))
+
+
+@pytest.mark.parametrize("pattern", CLOSED_FORM, ids=lambda p: type(p).__name__)
+def test_builders_on_the_gpu_equal_those_on_the_cpu(pattern):
+    want = SparseMask.from_pattern(pattern, 1000)
+    dense = want.to_dense().cuda()
+    bound = pattern.bind(1000)
+    block_mask = create_block_mask(
+        lambda b, h, q, k: dense[0, 0, q, k], 1, 1, 1000, 1000, device="cuda"
+    )
+    for mask in (
+        SparseMask.from_pattern(pattern, 1000, device="cuda"),
+        SparseMask.from_function(bound.__call__, 1000, device="cuda"),
+        SparseMask.from_dense(dense),
+        SparseMask.from_coo(dense.to_sparse()),
+        SparseMask.from_block_mask(block_mask),
+        want.to("cuda"),
+    ):
+        assert mask.device.type == mask.tile_bits.device.type == "cuda"
+        assert torch.equal(mask.to_dense(), dense)
+        assert torch.equal(mask.run_col.cpu(), want.run_col)
+        assert torch.equal(mask.run_len.cpu(), want.run_len)
+        assert mask.kept == want.kept and mask.valid_share == want.valid_share
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("pattern", [None, *CLOSED_FORM], ids=lambda p: type(p).__name__)
+def test_forward_and_backward(pattern, dtype):
+    tensors = make((2, 4, 333, 64), (2, 2, 333, 64), (2, 2, 333, 32), dtype=dtype, grad=True)
+    mask = allowed = None
+    if pattern is not None:
+        valid = torch.arange(333, device="cuda") < torch.tensor([[333], [200]], device="cuda")
+        mask = SparseMask.from_pattern(pattern, 333, device="cuda", padding=valid)
+        allowed = mask.to_dense()
+    bias = torch.randn(4, 1, 333, device="cuda", requires_grad=True)
+    sinks = torch.randn(4, device="cuda", requires_grad=True)
+    inputs = [*tensors, bias, sinks]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = stof_hf.attention(*tensors, mask, bias=bias, sinks=sinks, softcap=20.0)
+    want, _ = reference_attention(
+        *exact[:3], allowed, bias=exact[3], sinks=exact[4], softcap=20.0
+    )
+    upstream = torch.randn_like(out) / 8
+    grads = torch.autograd.grad(out, inputs, upstream)
+    want_grads = torch.autograd.grad(want, exact, upstream.double())
+    for got, expected in zip((out, *grads), (want, *want_grads), strict=True):
+        # Gradients of bias and sinks add up the roundings of many rows.
+        limit = TOLERANCE[dtype] * (1 + expected.abs().max().item())
+        limit *= 1 if got.ndim == 4 else 30
+        assert (got.double() - expected).abs().max().item() <= limit
+
+
+def test_cuda_graph_replays_with_new_inputs_and_offsets():
+    q, k, v = make((2, 8, 1, 64), (2, 2, 512, 64), (2, 2, 512, 64), dtype=torch.float16)
+    storage = SparseMask.from_pattern(patterns.SlidingWindow(50, 0), 512, device="cuda")
+    start = torch.tensor([100], device="cuda")
+    view = storage.rows(start, 1, 512)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        stof_hf.attention(q, k, v, view)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = stof_hf.attention(q, k, v, view)
+    for row in (3, 400, 511):
+        q.normal_()
+        start.fill_(row)
+        graph.replay()
+        want, _ = reference_attention(q, k, v, storage.to_dense()[:, :, row : row + 1])
+        torch.testing.assert_close(out.double(), want, atol=3e-3, rtol=3e-3)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compile_fullgraph(mode):
+    mask = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 300, device="cuda")
+    compiled = torch.compile(
+        lambda q, k, v: stof_hf.attention(q, k, v, mask) * 2, fullgraph=True, mode=mode
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        q, k, v = (torch.randn(2, 4, 300, 64, device="cuda") for _ in range(3))
+        want, _ = reference_attention(q, k, v, mask.to_dense())
+        torch.testing.assert_close(compiled(q, k, v).double(), 2 * want, atol=1e-4, rtol=1e-4)

@@ -1,5 +1,8 @@
 """Bad masks and patterns: an error that says what was given and what to change."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -158,6 +161,8 @@ def test_equal_patterns_have_equal_fingerprints():
     assert before == p.Dense(dense)
     dense[0, 1] = True
     assert before != p.Dense(dense)
+    assert copy.deepcopy(before) != before
+    assert pickle.loads(pickle.dumps(a & c)) == copy.deepcopy(a & c) == a & c
     with torch.inference_mode():
         dense = EYE.clone()
         before = p.Dense(dense)

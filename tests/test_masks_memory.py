@@ -38,6 +38,13 @@ def test_mask_function_never_holds_all_pairs():
     assert mib < 200, "16384 x 16384 booleans are 256 MiB"
 
 
+def test_dense_form_of_a_decode_view_is_small():
+    work = """mask = SparseMask.from_pattern(p.Causal(), n)
+    return int(mask.rows(n - 2, 2, n).to_dense().sum())"""
+    _, mib, kept = measure(SETUP, work, 512, 131072)
+    assert kept == 2 * 131072 - 1 and mib < 100
+
+
 def test_pictures_at_131072_tokens():
     work = """out = []
     for pattern in (p.Longformer(256, (0,)), p.Causal()):

@@ -43,24 +43,20 @@ def tile_map(mask: SparseMask) -> torch.Tensor:
     return out.add_(EMPTY).view(patterns, tile_rows, columns)
 
 
-def _stored_dense(mask: SparseMask) -> torch.Tensor:
-    """bool [P, 64 tile rows, 64 tile columns] of the storage."""
-    content = tile_map(mask)
-    extra = torch.tensor([0, -1], device=mask.device)[:, None].expand(2, TILE)
-    words = torch.cat([extra, mask.tile_bits])[(content + 2).long()]
-    words = words.permute(0, 1, 3, 2).flatten(1, 2)
-    return bits.unpack(words, words.shape[-1] * TILE)
-
-
 def to_dense(mask: SparseMask) -> torch.Tensor:
     """See `SparseMask.to_dense`."""
     row, col = int(mask.row_start), int(mask.col_start)
-    dense = _stored_dense(mask)
-    missing = col + mask.kv_len - dense.shape[-1]
-    if missing > 0:
-        dense = torch.nn.functional.pad(dense, (0, missing))
-    dense = dense[:, row : row + mask.q_len, col : col + mask.kv_len]
-    dense = dense[mask.pattern_id.long()]
+    top, left = row // TILE, col // TILE
+    bottom, right = bits.words_per(row + mask.q_len), bits.words_per(col + mask.kv_len)
+    # A view may be a sliver of a storage too large to be made dense.
+    content = tile_map(mask)[:, top:bottom, left:right]
+    content = torch.nn.functional.pad(content, (0, right - left - content.shape[2]), value=EMPTY)
+    extra = torch.tensor([0, -1], device=mask.device)[:, None].expand(2, TILE)
+    words = torch.cat([extra, mask.tile_bits])[(content - EMPTY).long()]
+    words = words.permute(0, 1, 3, 2).flatten(1, 2)
+    row, col = row - top * TILE, col - left * TILE
+    dense = bits.unpack(words, words.shape[-1] * TILE)
+    dense = dense[:, row : row + mask.q_len, col : col + mask.kv_len][mask.pattern_id.long()]
     if mask.kv_valid is not None:
         dense = dense & bits.unpack(mask.kv_valid, mask.kv_len)[:, None, None]
     return dense

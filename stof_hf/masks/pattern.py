@@ -212,6 +212,10 @@ class Pattern:
         text = json.dumps(self.to_json(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy may hold another tensor or function: it must work its fingerprint out anew.
+        return {name: x for name, x in self.__dict__.items() if name != "fingerprint"}
+
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 

@@ -39,6 +39,7 @@ PER_BATCH = SparseMask.from_dense(torch.ones(2, 1, 8, 8, dtype=torch.bool))
         (lambda: p.RandomBlocks(1, seed=-1), "seed must be a whole number of at least 0"),
         (lambda: p.Documents(torch.zeros(2, 3, 4)), r"must be \[S\] or \[B, S\]"),
         (lambda: p.Documents([]), "not empty"),
+        (lambda: p.Documents([0.5, 1.0]), "must be whole numbers"),
         (lambda: p.Custom("causal"), r"needs a mask function f\(b, h, q, k\), not 'causal'"),
         (lambda: p.Custom(lambda b, h, q, k: k <= q, heads=0), "heads must be a whole number"),
         (lambda: p.Dense([[True]]), "must be a tensor, not list"),

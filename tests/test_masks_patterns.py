@@ -67,6 +67,14 @@ def test_documents_from_position_ids():
     assert patterns.Documents.from_position_ids(position_ids) == want
 
 
+def test_documents_do_not_follow_their_tensor():
+    ids = torch.tensor([0, 0, 1])
+    pattern = patterns.Documents(ids)
+    before = SparseMask.from_pattern(pattern, 3).to_dense()
+    ids.zero_()
+    assert torch.equal(SparseMask.from_pattern(pattern, 3).to_dense(), before)
+
+
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_pack_and_unpack(n):
     x = torch.rand(3, n) < 0.5

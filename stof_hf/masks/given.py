@@ -1,0 +1,111 @@
+"""Patterns given by the caller element by element: as a function or as a tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from ..errors import MaskError
+from .pattern import Index, Pattern, whole
+
+_serial = itertools.count()
+
+
+@dataclass(frozen=True, eq=False)
+class Custom(Pattern):
+    """A mask function f(b, h, q, k) -> bool of integer tensors that broadcast against each other.
+
+    Args:
+        function: the mask function; evaluated tile by tile, never on all of S x S at once.
+        batch, heads: number of different masks along these dimensions if the function reads b or h.
+        key: a string that identifies the function's values, for caching; by default the identity of
+            the function object.
+
+    Has no JSON form.
+    """
+
+    function: Callable[[Index, Index, Index, Index], torch.Tensor]
+    batch: int | None = None
+    heads: int | None = None
+    key: str | None = None
+
+    serializable = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise MaskError(f"Custom needs a mask function f(b, h, q, k), not {self.function!r}")
+        for name in ("batch", "heads"):
+            if getattr(self, name) is not None:
+                whole(name, getattr(self, name), 1)
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        out = self.function(b, h, q, k)
+        if not isinstance(out, torch.Tensor) or out.dtype != torch.bool:
+            got = out.dtype if isinstance(out, torch.Tensor) else type(out).__name__
+            raise MaskError(f"a mask function must return a bool tensor, this one returned {got}")
+        return out
+
+    @cached_property
+    def fingerprint(self) -> str:
+        key = self.key or f"object {id(self.function)}"
+        text = f"Custom({key},{self.batch},{self.heads})"
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, eq=False)
+class Dense(Pattern):
+    """A dense bool tensor [Sq, Sk] or [B or 1, H or 1, Sq, Sk], True where attention is allowed.
+
+    Identified by the tensor's identity and version, so that its data are read only when a mask is
+    built; a tensor made under inference_mode has no version, and each pattern of it is different.
+    Has no JSON form.
+    """
+
+    mask: torch.Tensor = field(repr=False)
+
+    serializable = False
+
+    def __post_init__(self) -> None:
+        m = self.mask
+        if not isinstance(m, torch.Tensor):
+            raise MaskError(f"a dense mask must be a tensor, not {type(m).__name__}")
+        if m.dtype != torch.bool:
+            raise MaskError(
+                f"a dense mask must hold booleans, True where attention is allowed, not {m.dtype}: "
+                "of an additive mask, give mask == 0"
+            )
+        if m.ndim not in (2, 4) or m.numel() == 0:
+            raise MaskError(
+                "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
+                f"{list(m.shape)}"
+            )
+        # Inference tensors do not count their versions: no two of their patterns are equal.
+        version = f"inference {next(_serial)}" if m.is_inference() else m._version
+        object.__setattr__(self, "_version", version)
+        if m.ndim == 4:
+            object.__setattr__(self, "batch", m.shape[0] if m.shape[0] > 1 else None)
+            object.__setattr__(self, "heads", m.shape[1] if m.shape[1] > 1 else None)
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        mask = self.mask[None, None] if self.mask.ndim == 2 else self.mask
+        sq, sk = mask.shape[-2:]
+        inside = (q < sq) & (k < sk)
+        # Where the devices differ, tile indices travel rather than the whole mask.
+        index = [
+            x.to(mask.device) if isinstance(x, torch.Tensor) else x
+            for x in (
+                b if self.batch else 0, h if self.heads else 0,
+                q.clamp(max=sq - 1), k.clamp(max=sk - 1),
+            )
+        ]  # fmt: skip
+        return mask[tuple(index)].to(q.device) & inside
+
+    @cached_property
+    def fingerprint(self) -> str:
+        text = f"Dense({id(self.mask)},{self._version})"  # type: ignore[attr-defined]
+        return hashlib.sha256(text.encode()).hexdigest()[:24]

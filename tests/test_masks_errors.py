@@ -37,7 +37,7 @@ PER_BATCH = SparseMask.from_dense(torch.ones(2, 1, 8, 8, dtype=torch.bool))
         (lambda: p.RandomBlocks(1, fill=0.0), r"fill must lie in \(0, 1\], not 0.0"),
         (lambda: p.RandomBlocks(1, fill="all"), r"fill must lie in \(0, 1\], not 'all'"),
         (lambda: p.RandomBlocks(1, seed=-1), "seed must be a whole number of at least 0"),
-        (lambda: p.Documents(torch.zeros(2, 3, 4)), r"must be \[S\] or \[B, S\]"),
+        (lambda: p.Documents(torch.zeros(2, 3, 4)), r"numbers, \[S\] or \[B, S\]"),
         (lambda: p.Documents([]), "not empty"),
         (lambda: p.Documents([0.5, 1.0]), "must be whole numbers"),
         (lambda: p.Custom("causal"), r"needs a mask function f\(b, h, q, k\), not 'causal'"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import MaskError
@@ -84,23 +85,23 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
     pattern = Dense(mask)
     q_len, kv_len = mask.shape[-2:]
     _check_lengths(q_len, kv_len)
-    flat = mask.reshape(-1, q_len, kv_len)
-    rows, full = _bare_rows(len(flat), mask.shape[1] if mask.ndim == 4 else 1, q_len, kv_len)
-    tile_rows = bits.words_per(q_len)
+    batch, heads = (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
+    rows, full = _bare_rows(batch * heads, heads, q_len, kv_len)
+    if q_len % TILE:
+        mask = F.pad(mask, (0, 0, 0, -q_len % TILE))
+    flat = mask.reshape(-1, kv_len)
     collector = _Collector()
     step = max(1, _GROUP // rows.tiles)
-    for p, part in enumerate(flat):
-        for t0 in range(0, tile_rows, step):
-            words = bits.pack(part[t0 * TILE : (t0 + step) * TILE])
-            ragged = -len(words) % TILE
-            words = torch.nn.functional.pad(words, (0, 0, 0, ragged))
-            words = words.view(-1, TILE, rows.tiles).transpose(1, 2).contiguous().view(-1, TILE)
-            index = p * tile_rows * rows.tiles + t0 * rows.tiles + np.arange(len(words))
-            row, tile = index // rows.tiles, index % rows.tiles
-            collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
-    shape = (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
+    for first in range(0, rows.count, step):
+        words = bits.pack(flat[first * TILE : (first + step) * TILE])
+        words = words.view(-1, TILE, rows.tiles).transpose(1, 2).contiguous().view(-1, TILE)
+        index = first * rows.tiles + np.arange(len(words))
+        row, tile = index // rows.tiles, index % rows.tiles
+        collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
     tiles = collector.finish(mask.device)
-    return _assemble(rows, full, tiles, shape, q_len, padding, mask.device, pattern=pattern)
+    return _assemble(
+        rows, full, tiles, (batch, heads), q_len, padding, mask.device, pattern=pattern
+    )
 
 
 def build_coo(coo: torch.Tensor) -> SparseMask:

@@ -1,5 +1,8 @@
 """Each pattern against its definition, written out query by query and key by key."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -73,6 +76,17 @@ def test_documents_do_not_follow_their_tensor():
     before = SparseMask.from_pattern(pattern, 3).to_dense()
     ids.zero_()
     assert torch.equal(SparseMask.from_pattern(pattern, 3).to_dense(), before)
+
+
+def test_masks_do_not_keep_alive_what_they_were_made_of():
+    dense = torch.ones(70, 70, dtype=torch.bool).tril()
+    block_mask = SparseMask.from_dense(dense).to_block_mask()
+    masks = [SparseMask.from_dense(dense), SparseMask.from_block_mask(block_mask)]
+    sources = [weakref.ref(dense), weakref.ref(block_mask)]
+    del dense, block_mask
+    gc.collect()
+    assert [source() for source in sources] == [None, None]
+    assert masks[0].kept == masks[1].kept
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import MaskError, UnsupportedError
 from ..masks.bits import TILE
 from ..masks.cache import mask_for
+from ..masks.convert import mask_function
 from ..masks.pattern import And, Not, Or, Pattern
 from ..masks.patterns import Causal, Custom, Dense, Documents, Full
 from ..masks.sparse_mask import SparseMask
@@ -241,7 +242,11 @@ def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:
         out = storage.rows(mask.row_start, q_len, kv_len, col_start=mask.col_start)
         return out.with_words(mask.kv_valid)
     q_offset, kv_offset = mask.q_offset + mask.row_start, mask.kv_offset + mask.col_start
-    if mask.pattern is None:
+    own = mask.pattern
+    if own is None and mask.is_known:
+        sizes = (n if n > 1 else None for n in mask.pattern_id.shape)
+        own = Custom(mask_function(mask.with_words(None)), *sizes)
+    if own is None:
         bare = mask.with_words(None).to_dense()
         allowed = bare & _values(extra, bare.shape, q_offset, kv_offset, device)
         return SparseMask(q_len, kv_len, *structure_of(allowed), kv_valid=mask.kv_valid)
@@ -251,7 +256,7 @@ def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:
         pattern = _conjunction(mask.pattern, extra)
         out = mask_for(pattern, q_len, kv_len, q_offset, kv_offset, device=device)
     else:
-        pattern = mask.pattern & extra
+        pattern = own & extra
         out = SparseMask.from_pattern(
             pattern, q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device
         )

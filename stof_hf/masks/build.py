@@ -7,7 +7,7 @@ their own device, with one synchronisation for every 16,384 tiles.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from ..errors import MaskError
 from . import bits
 from .bits import TILE
 from .blocks import BlockMaskPattern
+from .given import check_dense
 from .intervals import Intervals
 from .pattern import Pattern, Rows, whole
-from .patterns import Dense
 from .sparse_mask import EMPTY, FULL, SparseMask
 
 _GROUP = 16384
@@ -82,9 +82,8 @@ def build(
 
 def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
     """See `SparseMask.from_dense`."""
-    pattern = Dense(mask)
+    check_dense(mask)
     q_len, kv_len = mask.shape[-2:]
-    _check_lengths(q_len, kv_len)
     batch, heads = (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
     rows, full = _bare_rows(batch * heads, heads, q_len, kv_len)
     if q_len % TILE:
@@ -99,9 +98,7 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
         row, tile = index // rows.tiles, index % rows.tiles
         collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
     tiles = collector.finish(mask.device)
-    return _assemble(
-        rows, full, tiles, (batch, heads), q_len, padding, mask.device, pattern=pattern
-    )
+    return _assemble(rows, full, tiles, (batch, heads), q_len, padding, mask.device)
 
 
 def build_coo(coo: torch.Tensor) -> SparseMask:
@@ -142,7 +139,8 @@ def build_block_mask(block_mask: BlockMask) -> SparseMask:
         )
     q_len, kv_len = block_mask.seq_lengths
     device = block_mask.kv_num_blocks.device
-    return build(BlockMaskPattern(block_mask), q_len, kv_len, 0, 0, None, device)
+    mask = build(BlockMaskPattern(block_mask), q_len, kv_len, 0, 0, None, device)
+    return replace(mask, pattern=None)
 
 
 def _check_lengths(q_len: int, kv_len: int) -> None:

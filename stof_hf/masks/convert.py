@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -85,10 +87,8 @@ def count_kept(mask: SparseMask) -> int:
     return int((per_column * bits.unpack(mask.kv_valid, mask.kv_len)).sum())
 
 
-def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
-    """See `SparseMask.to_block_mask`."""
-    if mask.is_view:
-        raise MaskError("a decode view has no BlockMask: convert the mask it was made of")
+def mask_function(mask: SparseMask) -> Callable[..., torch.Tensor]:
+    """f(b, h, q, k) -> bool, the mask's elements, padding included; positions in the storage."""
     content, pid = tile_map(mask), mask.pattern_id.long()
     words, valid = mask.tile_bits, mask.kv_valid
     if not len(words):
@@ -96,7 +96,7 @@ def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
     per_batch, per_head = (n > 1 for n in mask.pattern_id.shape)
     padded_batch = valid is not None and len(valid) > 1
 
-    def mask_mod(
+    def function(
         b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
     ) -> torch.Tensor:
         p = pid[b if per_batch else b * 0, h if per_head else h * 0]
@@ -108,9 +108,19 @@ def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
             allowed = allowed & (((word >> (k % TILE)) & 1) == 1)
         return allowed
 
-    partial = _blocks(content[pid] != EMPTY, mask, block_size)
+    return function
+
+
+def to_block_mask(mask: SparseMask, block_size: int) -> BlockMask:
+    """See `SparseMask.to_block_mask`."""
+    if mask.is_view:
+        raise MaskError("a decode view has no BlockMask: convert the mask it was made of")
+    partial = _blocks(tile_map(mask)[mask.pattern_id.long()] != EMPTY, mask, block_size)
     return BlockMask.from_kv_blocks(
-        *partial, BLOCK_SIZE=block_size, mask_mod=mask_mod, seq_lengths=(mask.q_len, mask.kv_len)
+        *partial,
+        BLOCK_SIZE=block_size,
+        mask_mod=mask_function(mask),
+        seq_lengths=(mask.q_len, mask.kv_len),
     )
 
 

@@ -57,6 +57,22 @@ class Custom(Pattern):
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
+def check_dense(mask: torch.Tensor) -> None:
+    """MaskError unless `mask` is a bool tensor [Sq, Sk] or [B, H, Sq, Sk], not empty."""
+    if not isinstance(mask, torch.Tensor):
+        raise MaskError(f"a dense mask must be a tensor, not {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise MaskError(
+            f"a dense mask must hold booleans, True where attention is allowed, not {mask.dtype}: "
+            "of an additive mask, give mask == 0"
+        )
+    if mask.ndim not in (2, 4) or mask.numel() == 0:
+        raise MaskError(
+            "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
+            f"{list(mask.shape)}"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class Dense(Pattern):
     """A dense bool tensor [Sq, Sk] or [B or 1, H or 1, Sq, Sk], True where attention is allowed.
@@ -71,19 +87,8 @@ class Dense(Pattern):
     serializable = False
 
     def __post_init__(self) -> None:
+        check_dense(self.mask)
         m = self.mask
-        if not isinstance(m, torch.Tensor):
-            raise MaskError(f"a dense mask must be a tensor, not {type(m).__name__}")
-        if m.dtype != torch.bool:
-            raise MaskError(
-                f"a dense mask must hold booleans, True where attention is allowed, not {m.dtype}: "
-                "of an additive mask, give mask == 0"
-            )
-        if m.ndim not in (2, 4) or m.numel() == 0:
-            raise MaskError(
-                "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
-                f"{list(m.shape)}"
-            )
         # Inference tensors do not count their versions: no two of their patterns are equal.
         version = f"inference {next(_serial)}" if m.is_inference() else m._version
         object.__setattr__(self, "_version", version)

@@ -43,7 +43,8 @@ class SparseMask(ActsAsTensor):
         kv_valid: int64 [B, ceil(Sk/64)] or None (no padding).
         q_offset, kv_offset: absolute position of storage row 0 and column 0.
         row_start, col_start: where the described view begins inside the storage (see `rows`).
-        pattern: the pattern it was built from, if known.
+        pattern: the pattern it was built from; None where a tensor or BlockMask was, so that the
+            mask does not keep them alive.
         plans: what kernels derive from the structure, shared by all views of it.
 
     >>> from stof_hf.masks.patterns import Causal
@@ -315,6 +316,11 @@ class SparseMask(ActsAsTensor):
         1.0 where nobody counted (a mask whose bits a compiled graph computes).
         """
         return self.plans.get("valid_share", 1.0)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a builder has seen the elements, rather than a graph computed them."""
+        return "valid_share" in self.plans
 
     @property
     def nbytes(self) -> int:

@@ -248,9 +248,25 @@ def test_autocast_takes_mixed_dtypes(grad):
     want = stof_hf.attention(q.bfloat16(), k.bfloat16(), v, PADDED)
     torch.testing.assert_close(out, want)
     if grad:
-        out.float().sum().backward()
+        (want_grad,) = torch.autograd.grad(want.float().sum(), q)
+        with torch.autocast("cpu", torch.bfloat16):
+            out.float().sum().backward()
+        torch.testing.assert_close(q.grad, want_grad)
         assert (q.grad.dtype, v.grad.dtype) == (torch.float32, torch.bfloat16)
         assert q.grad.isfinite().all() and q.grad.any()
+
+
+def test_autocast_compiles():
+    torch._dynamo.reset()
+    q, k, v = plain()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def run(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return stof_hf.attention(q, k, v.bfloat16(), PADDED)
+
+    want = stof_hf.attention(*(x.bfloat16() for x in (q, k, v)), PADDED)
+    torch.testing.assert_close(run(q, k, v), want)
 
 
 def test_checkpointing_and_double_use():

@@ -60,7 +60,12 @@ def attention(
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        # Autocast must not reach the products inside a backend, which are in fp32 on purpose.
+        with torch.autocast(device_type, enabled=False):
+            return attention(
+                query.to(dtype), key.to(dtype), value.to(dtype), mask,
+                scale=scale, softcap=softcap, bias=bias, sinks=sinks,
+            )  # fmt: skip
     if scale is None:
         scale = query.shape[-1] ** -0.5
     if _plain(query, key, value, bias, sinks) and (mask is None or type(mask) is SparseMask):
@@ -246,7 +251,8 @@ def _attention_backward(
     from .backward import backward
 
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
-    grads = backward(grad, q, k, v, out, lse, full, bias, sinks, scale, softcap)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = backward(grad, q, k, v, out, lse, full, bias, sinks, scale, softcap)
     return [g for g in grads if g is not None]
 
 

@@ -155,9 +155,7 @@ def _compare(
     return same and answers["stof"] == answers["sdpa"]
 
 
-def _sparse(
-    console: Console, models: dict[str, Any], tokenizer: Any, device: torch.device
-) -> None:
+def _sparse(console: Console, models: dict[str, Any], tokenizer: Any, device: torch.device) -> None:
     """The same weights with a sliding window, on passages that fill BERT's 512 tokens."""
     lines = sentences()
     passages = [" ".join(lines[i : i + 20]) for i in range(0, len(lines), 20)]

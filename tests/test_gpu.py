@@ -100,9 +100,7 @@ def test_forward_and_backward(pattern, dtype):
     inputs = [*tensors, bias, sinks]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     out = stof_hf.attention(*tensors, mask, bias=bias, sinks=sinks, softcap=20.0)
-    want, _ = reference_attention(
-        *exact[:3], allowed, bias=exact[3], sinks=exact[4], softcap=20.0
-    )
+    want, _ = reference_attention(*exact[:3], allowed, bias=exact[3], sinks=exact[4], softcap=20.0)
     upstream = torch.randn_like(out) / 8
     grads = torch.autograd.grad(out, inputs, upstream)
     want_grads = torch.autograd.grad(want, exact, upstream.double())

@@ -13,7 +13,7 @@ import torch
 
 from ..masks import bits
 from ..masks.bits import TILE
-from ..masks.sparse_mask import FULL, SparseMask
+from ..masks.sparse_mask import SparseMask
 
 _BLOCK_ROWS = 4 * TILE
 
@@ -119,7 +119,7 @@ def blocks(
             rows = slice(begin, min(q_len, begin + _BLOCK_ROWS))
             yield rows, every_key, None if dense is None else dense[:, :, rows]
         return
-    ptr, col, length, content = _host_runs(mask)
+    ptr, col, length, content = mask.host_runs()
     extra = torch.tensor([0, -1], device=device)[:, None].expand(2, TILE)
     words = torch.cat([extra, mask.tile_bits])
     valid = None if mask.kv_valid is None else bits.unpack(mask.kv_valid, kv_len)[:, None, None]
@@ -130,8 +130,8 @@ def blocks(
         tiles = torch.full((len(ptr), count, columns), -2, dtype=torch.int64)
         for p in range(len(ptr)):
             for i in range(count):
-                for r in range(int(ptr[p, top + i]), int(ptr[p, top + i + 1])):
-                    tiles[p, i, col[r] : col[r] + length[r]] = int(content[r])
+                for r in range(ptr[p, top + i], ptr[p, top + i + 1]):
+                    tiles[p, i, col[r] : col[r] + length[r]] = content[r]
         held = torch.nonzero((tiles != -2).any(0).any(0)).squeeze(1)
         rows = slice(top * TILE, min(q_len, (top + count) * TILE))
         chosen = words[(tiles[:, :, held] + 2).to(device)]
@@ -142,11 +142,3 @@ def blocks(
         keys = keys[inside]
         allowed = allowed[mask.pattern_id.long()]
         yield rows, keys, allowed if valid is None else allowed & valid[..., keys]
-
-
-def _host_runs(mask: SparseMask) -> tuple[torch.Tensor, ...]:
-    """row_ptr and the runs on the host, copied once for each mask."""
-    if "host_runs" not in mask.plans:
-        runs = (mask.row_ptr, mask.run_col, mask.run_len, mask.run_bits)
-        mask.plans["host_runs"] = tuple(x.cpu() for x in runs)
-    return mask.plans["host_runs"]

@@ -1,4 +1,4 @@
-"""`stof::attention`: softmax(Q K^T) V under a SparseMask, as a torch op and as a Python function."""
+"""`stof::attention`: softmax(Q K^T) V under a SparseMask, as a torch op and as a function."""
 
 from __future__ import annotations
 
@@ -111,7 +111,8 @@ def check(
     device = q.device
     if k.device != device or v.device != device:
         raise UnsupportedError(
-            f"query, key and value are on {device}, {k.device} and {v.device}: move them to one device"
+            f"query, key and value are on {device}, {k.device} and {v.device}: move them to one "
+            "device"
         )
     batch, heads, q_len, dim = q.shape if q.ndim == 4 else (0, 0, 0, 0)
     if (
@@ -119,8 +120,9 @@ def check(
         or k.shape[0] != batch or k.shape[3] != dim or heads % k.shape[1]
     ):  # fmt: skip
         raise UnsupportedError(
-            f"shapes do not fit: query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}; "
-            "expected [B, H, Sq, D], [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] with H a multiple of Hkv"
+            f"shapes do not fit: query {list(q.shape)}, key {list(k.shape)}, value {list(v.shape)}"
+            "; expected [B, H, Sq, D], [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv] with H a multiple of "
+            "Hkv"
         )
     if dim > MAX_HEAD_DIM or v.shape[3] > MAX_HEAD_DIM:
         raise UnsupportedError(
@@ -133,7 +135,9 @@ def check(
         raise UnsupportedError(f"sinks must be [{heads}], one a head, not {list(sinks.shape)}")
     if bias is not None:
         target = (batch, heads, q_len, k.shape[2])
-        if bias.ndim > 4 or any(n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)):
+        if bias.ndim > 4 or any(
+            n not in (1, t) for n, t in zip(bias.shape[::-1], target[::-1], strict=False)
+        ):
             raise UnsupportedError(f"bias {list(bias.shape)} does not broadcast to {list(target)}")
 
 
@@ -143,8 +147,8 @@ def _check_mask(
     mask_batch, mask_heads = mask.pattern_id.shape
     if mask.q_len != q_len or mask.kv_len != kv_len:
         raise MaskError(
-            f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, the tensors hold {q_len} "
-            f"and {kv_len}: build it with from_pattern(pattern, {q_len}, {kv_len})"
+            f"the mask is for {mask.q_len} queries and {mask.kv_len} keys, the tensors hold "
+            f"{q_len} and {kv_len}: build it with from_pattern(pattern, {q_len}, {kv_len})"
         )
     valid = mask.kv_valid
     if (
@@ -152,11 +156,13 @@ def _check_mask(
         or (valid is not None and valid.shape[0] not in (1, batch))
     ):  # fmt: skip
         raise MaskError(
-            f"the mask is for batch {mask.shape[0]} and {mask_heads} heads, the tensors hold {batch} "
-            f"and {heads}: a mask's batch and heads are 1 or those of the query"
+            f"the mask is for batch {mask.shape[0]} and {mask_heads} heads, the tensors hold "
+            f"{batch} and {heads}: a mask's batch and heads are 1 or those of the query"
         )
     if mask.device != device:
-        raise MaskError(f"the mask is on {mask.device}, the tensors on {device}: mask.to({str(device)!r})")
+        raise MaskError(
+            f"the mask is on {mask.device}, the tensors on {device}: mask.to({str(device)!r})"
+        )
 
 
 # Plans of masks that travel through the dispatcher as bare tensors.
@@ -229,7 +235,9 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap):
+def _(
+    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap
+):
     batch, heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_len, heads, v.shape[-1])
     return out, q.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -262,11 +270,27 @@ def _(
     scale, softcap,
 ):  # fmt: skip
     inputs = [q, k, v, bias, sinks]
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None]
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None
+    ]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap = inputs
+    (
+        q,
+        k,
+        v,
+        pattern,
+        mask,
+        geometry,
+        kv_valid,
+        row_start,
+        col_start,
+        bias,
+        sinks,
+        scale,
+        softcap,
+    ) = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask)
@@ -277,8 +301,8 @@ def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
     q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask = ctx.saved_tensors
     pattern, geometry, scale, softcap = ctx.rest
     grads = torch.ops.stof.attention_backward(
-        grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
-        scale, softcap,
+        grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias,
+        sinks, scale, softcap,
     )  # fmt: skip
     dq, dk, dv, *more = grads
     dbias = more.pop(0) if bias is not None else None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,19 +30,77 @@ def forward(
         from . import cpu as backend
     else:
         raise UnsupportedError(
-            f'device {q.device} has no stof backend: use a CUDA GPU or the CPU, or attn_implementation="sdpa"'
+            f"device {q.device} has no stof backend: use a CUDA GPU or the CPU, or "
+            'attn_implementation="sdpa"'
         )
     return backend.forward(q, k, v, mask, **rest)
 
 
-def row_wise(valid_share: float, seq_len: int) -> bool:
+def use_row_wise(q: torch.Tensor, mask: SparseMask) -> bool:
+    """Whether the row-wise kernel computes this call: decoding, or the paper's rule."""
+    if mask.is_view or q.shape[2] <= DECODE_ROWS:
+        return True
+    return row_wise(mask.valid_share, q.shape[2])
+
+
+def row_wise(rho: float, seq_len: int) -> bool:
     """The paper's rule: row-wise kernels where few of the 16 x 16 blocks hold an allowed pair.
 
-    Row-wise if rho < tau = 1.2 / log2(S / 16)^2, with rho the share of valid blocks (STOF, PPoPP
-    '26, section on the analytical model).
+    Row-wise if rho < tau = 1.2 / log2(S / 16)^2 (STOF, PPoPP '26).
 
     Args:
-        valid_share: rho, in [0, 1].
+        rho: share of 16 x 16 blocks that hold an allowed pair, in [0, 1].
         seq_len: S, in tokens.
     """
-    return seq_len > 16 and valid_share < 1.2 / math.log2(seq_len / 16) ** 2
+    return seq_len > 16 and rho < 1.2 / math.log2(seq_len / 16) ** 2
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """Of the block-wise kernel: query rows and warps of a block, pipeline stages, key tiles that a
+    step of a full run covers, and the blocks that the device runs at once."""
+
+    rows: int
+    warps: int
+    stages: int
+    unit: int
+    workers: int
+
+
+@dataclass(frozen=True)
+class RowConfig:
+    """Of the row-wise kernel: query rows of a block, keys of a step, and the split over keys."""
+
+    take: int
+    keys: int
+    splits: int
+    keys_per_split: int
+
+
+def block_config(q: torch.Tensor, dim: int, mask: SparseMask) -> BlockConfig:
+    """Tile sizes of the Triton block-wise kernel, for a head size padded to `dim`."""
+    stages = 3 if dim <= 64 else 2
+    if q.dtype == torch.float32 or dim > 128:
+        return BlockConfig(64, 4, 2 if dim <= 64 else 1, 1, 2 * multiprocessors(q.device))
+    return BlockConfig(64, 4, stages, 1, 2 * multiprocessors(q.device))
+
+
+def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
+    """Split of the row-wise kernel: enough programs to fill the device, no piece under 128 keys."""
+    batch, heads, q_len, _ = q.shape
+    kv_heads, kv_len = k.shape[1], k.shape[2]
+    take = max(1, min(q_len, 64 * kv_heads // heads))
+    keys = 64 if dim <= 128 else 32
+    programs = -(-q_len // take) * batch * kv_heads
+    wanted = -(-4 * multiprocessors(q.device) // programs)
+    splits = max(1, min(wanted, kv_len // 128, 128))
+    keys_per_split = -(-kv_len // splits // keys) * keys
+    return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split)
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 4 stands in where kernels are interpreted."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count

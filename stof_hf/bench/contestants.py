@@ -108,9 +108,7 @@ def _sdpa_mask(p: Problem, mask: torch.Tensor) -> Iterator[Call]:
 def _sdpa_causal(p: Problem, mask: None, *, backend: SDPBackend) -> Iterator[Call]:
     gqa = p.cell.heads != p.cell.kv_heads
     with sdpa_kernel(backend):
-        yield lambda: F.scaled_dot_product_attention(
-            p.q, p.k, p.v, is_causal=True, enable_gqa=gqa
-        )
+        yield lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=gqa)
 
 
 def _block_mask(p: Problem, *, block_size: int) -> Any:
@@ -151,19 +149,21 @@ def _fa4(p: Problem, mask: None) -> Iterator[Call]:
     cu_seqlens = torch.tensor([0, *ends], dtype=torch.int32, device=p.device)
     longest = max(p.mask.lengths)
     packed = [t.flatten(0, 1) for t in (q, k, v)]
-    yield lambda: (
-        _first(
-            flash_attn_varlen_func(
-                *packed,
-                cu_seqlens_q=cu_seqlens,
-                cu_seqlens_k=cu_seqlens,
-                max_seqlen_q=longest,
-                max_seqlen_k=longest,
-                causal=True,
+    yield (
+        lambda: (
+            _first(
+                flash_attn_varlen_func(
+                    *packed,
+                    cu_seqlens_q=cu_seqlens,
+                    cu_seqlens_k=cu_seqlens,
+                    max_seqlen_q=longest,
+                    max_seqlen_k=longest,
+                    causal=True,
+                )
             )
+            .unflatten(0, (p.cell.batch, -1))
+            .transpose(1, 2)
         )
-        .unflatten(0, (p.cell.batch, -1))
-        .transpose(1, 2)
     )
 
 
@@ -238,9 +238,7 @@ CONTESTANTS: dict[str, Contestant] = {
             partial(_sdpa_causal, backend=SDPBackend.FLASH_ATTENTION),
             _causal_only,
         ),
-        Contestant(
-            "sdpa_cudnn", partial(_sdpa_causal, backend=SDPBackend.CUDNN_ATTENTION), _cudnn
-        ),
+        Contestant("sdpa_cudnn", partial(_sdpa_causal, backend=SDPBackend.CUDNN_ATTENTION), _cudnn),
         _flex_contestant("flex_triton", 128, _needs_cuda),
         _flex_contestant("flex_triton64", 64, _needs_cuda, BLOCK_M=64, BLOCK_N=64),
         _flex_contestant("flex_flash", 128, _needs_flash_attn, BACKEND="FLASH"),

@@ -1,6 +1,6 @@
 """What a result file says: our time against the best peer's.
 
-    python -m stof_hf.bench.summary benchmarks/results/<gpu>/attention.json
+python -m stof_hf.bench.summary benchmarks/results/<gpu>/attention.json
 """
 
 from __future__ import annotations

@@ -68,8 +68,7 @@ def check_dense(mask: torch.Tensor) -> None:
         )
     if mask.ndim not in (2, 4) or mask.numel() == 0:
         raise MaskError(
-            "a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not "
-            f"{list(mask.shape)}"
+            f"a dense mask must be [Sq, Sk] or [B, H, Sq, Sk] and not empty, not {list(mask.shape)}"
         )
 
 

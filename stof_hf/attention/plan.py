@@ -1,0 +1,216 @@
+"""What the tensor-core kernels stream: a work list derived from a SparseMask.
+
+A work item is a block of query rows against some of its key tiles: one contiguous run of full
+tiles, then partial tiles with their bitmaps. Items are sorted heaviest first; an item that would
+outlast the rest of the launch is split over its keys, and its pieces are combined in fixed order.
+Derived on the host from a mask's runs, in vectorised numpy, and kept with the mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..masks import bits
+from ..masks.bits import TILE
+from ..masks.sparse_mask import FULL, SparseMask
+
+EMPTY = -2
+#: A full tile's cost is 1; a partial one applies its bitmap; an item loads queries, stores rows.
+_PARTIAL_COST, _ITEM_COST = 1.3, 2.0
+#: Shorter full runs are streamed as partial tiles of ones: a loop of its own costs more.
+_LEAST_RUN = 3
+#: An item is split only if that saves more than combining costs.
+_LEAST_PIECE = 8.0
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Work list for blocks of `rows` query rows.
+
+    items: int32 [P, N, 6]: query block (-1: none), first tile and length of the full run, first
+        entry and number of partial steps, slot of the piece (-1: the item is whole).
+    steps: int32 [S, 1 + rows / 64]: key tile, then what the bitmap of each 64 rows is: an index of
+        tile_bits, -1 all ones, -2 all zeros.
+    merges: int32 [P, C, 3]: query block (-1: none), first slot, number of pieces.
+    slots: pieces of the pattern that has most.
+    """
+
+    rows: int
+    items: torch.Tensor
+    steps: torch.Tensor
+    merges: torch.Tensor
+    slots: int
+
+
+def block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int = 1) -> BlockPlan:
+    """The plan of `mask` for blocks of `rows` (64 or 128) query rows.
+
+    Args:
+        copies: number of (batch, head) pairs that the launch computes.
+        workers: blocks that the device runs at once.
+        unit: key tiles that a step of the full run covers.
+    """
+    key = ("block", rows, copies, workers, unit)
+    if key not in mask.plans:
+        mask.plans[key] = _block_plan(mask, rows, copies, workers, unit)
+    return mask.plans[key]
+
+
+def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
+    ptr, col, length, content = mask.host_runs()
+    patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1
+    per = rows // TILE
+    blocks = -(-tile_rows // per)
+    columns = bits.words_per(mask.kv_len)
+    count = np.diff(ptr, axis=1).reshape(-1)
+    row = np.repeat(np.arange(len(count)), count)
+    pattern, tile_row = row // tile_rows, row % tile_rows
+    block = pattern * blocks + tile_row // per
+    if per > 1:
+        block, col, length, content = _joined(
+            block, tile_row % per, col, length, content, columns, per, tile_rows, blocks
+        )
+    else:
+        content = content[:, None]
+    total = patterns * blocks
+    full = (content == FULL).all(1)
+    run_col, run_len = _longest_runs(block, col, length, full, total, unit)
+    step_block, steps = _partial_steps(block, col, length, content, full, run_col, run_len)
+    n_part = np.bincount(step_block, minlength=total)
+    first_part = np.cumsum(n_part) - n_part
+    cost = run_len + _PARTIAL_COST * n_part + _ITEM_COST
+    pieces = _pieces(cost, copies / patterns, workers)
+    items, merges, slots = _items(
+        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks, unit
+    )
+    device = mask.device
+    return BlockPlan(rows, *(_upload(x, device) for x in (items, steps, merges)), slots)
+
+
+def _joined(
+    block: np.ndarray, part: np.ndarray, col: np.ndarray, length: np.ndarray, content: np.ndarray,
+    columns: int, per: int, tile_rows: int, blocks: int,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """Tiles of the tile rows of a block side by side: (block, col, length 1, content [n, per])."""
+    begin = np.repeat(np.cumsum(length) - length, length)
+    block, part = np.repeat(block, length), np.repeat(part, length)
+    col = np.repeat(col, length) + np.arange(len(block)) - begin
+    keys, inverse = np.unique(block * columns + col, return_inverse=True)
+    joined = np.full((len(keys), per), EMPTY, np.int64)
+    block, col = keys // columns, keys % columns
+    # Rows beyond the last query are never stored: they must not keep a tile from being full.
+    beyond = block[:, None] % blocks * per + np.arange(per) >= tile_rows
+    joined[beyond] = FULL
+    joined[inverse, part] = np.repeat(content, length)
+    return block, col, np.ones(len(keys), np.int64), joined
+
+
+def _longest_runs(
+    block: np.ndarray, col: np.ndarray, length: np.ndarray, full: np.ndarray, total: int, unit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """First tile and length of each block's longest run of full tiles, a multiple of `unit`."""
+    block, col, length = block[full], col[full], length[full]
+    begins = np.ones(len(block), bool)
+    begins[1:] = (block[1:] != block[:-1]) | (col[1:] != col[:-1] + length[:-1])
+    at = np.flatnonzero(begins)
+    run_block, run_col = block[at], col[at]
+    run_len = np.add.reduceat(length, at) if len(at) else length
+    order = np.lexsort((run_len, run_block))
+    best_col, best_len = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    # Ascending by length within a block: the last assignment, the longest, stays.
+    best_col[run_block[order]], best_len[run_block[order]] = run_col[order], run_len[order]
+    best_len = best_len // unit * unit
+    return best_col, np.where(best_len < _LEAST_RUN, 0, best_len)
+
+
+def _partial_steps(
+    block: np.ndarray, col: np.ndarray, length: np.ndarray, content: np.ndarray, full: np.ndarray,
+    run_col: np.ndarray, run_len: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Every tile outside the blocks' full runs: its block and (key tile, contents)."""
+    # Cut the full stretches at the chosen run before expanding what is left of them.
+    lo, hi = run_col[block], run_col[block] + run_len[block]
+    end = col + length
+    before = np.where(full, np.clip(np.minimum(end, lo) - col, 0, None), length)
+    after = np.where(full, np.clip(end - np.maximum(col, hi), 0, None), 0)
+    whole = full & (run_len[block] == 0)
+    before, after = np.where(whole, length, before), np.where(whole, 0, after)
+    pieces = np.concatenate([before, after])
+    start = np.concatenate([col, end - after])
+    source = np.concatenate([np.arange(len(block))] * 2)
+    offset = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    source = np.repeat(source, pieces)
+    tile = np.repeat(start, pieces) + offset
+    order = np.lexsort((tile, block[source]))
+    source, tile = source[order], tile[order]
+    return block[source], np.concatenate([tile[:, None], content[source]], axis=1)
+
+
+def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
+    """Into how many pieces each block is split: no piece should outlast an even share by much."""
+    share = max(cost.sum() * copies / workers, _LEAST_PIECE)
+    return np.where(cost > 1.5 * share, np.ceil(cost / share), 1).astype(np.int64)
+
+
+def _items(
+    pieces: np.ndarray, cost: np.ndarray, run_col: np.ndarray, run_len: np.ndarray,
+    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int, unit: int,
+) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    of = np.repeat(np.arange(len(pieces)), pieces)
+    index = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    n = pieces[of]
+
+    def cut(total: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return total * at // n
+
+    groups = run_len[of] // unit
+    full_a, full_b = cut(groups, index) * unit, cut(groups, index + 1) * unit
+    part_a, part_b = cut(n_part[of], index), cut(n_part[of], index + 1)
+    split = n > 1
+    pattern = of // blocks
+    slot = np.full(len(of), -1)
+    slots = 0
+    counts = np.bincount(pattern, minlength=patterns)
+    items = np.full((patterns, max(1, counts.max(initial=0)), 6), -1, np.int64)
+    merged = np.bincount(np.flatnonzero(pieces > 1) // blocks, minlength=patterns)
+    merges = np.full((patterns, merged.max(initial=0), 3), -1, np.int64)
+    for p in range(patterns):
+        mine = pattern == p
+        slot[mine & split] = np.arange(int((mine & split).sum()))
+        slots = max(slots, int((mine & split).sum()))
+        order = np.flatnonzero(mine)
+        order = order[np.argsort(-(cost[of] / n)[order], kind="stable")]
+        table = (
+            of % blocks, run_col[of] + full_a, full_b - full_a, first_part[of] + part_a,
+            part_b - part_a, slot,
+        )  # fmt: skip
+        items[p, : len(order)] = np.stack(table, 1)[order]
+        first = np.flatnonzero(mine & split & (index == 0))
+        merges[p, : len(first)] = np.stack([of % blocks, slot, n], 1)[first]
+    return items, merges, slots
+
+
+def tile_table(mask: SparseMask) -> torch.Tensor:
+    """Content of every tile, for kernels that look tiles up: int32 [P, tile rows, tile columns]."""
+    if "tile_table" not in mask.plans:
+        ptr, col, length, content = mask.host_runs()
+        count = np.diff(ptr, axis=1).reshape(-1)
+        row = np.repeat(np.repeat(np.arange(len(count)), count), length)
+        begin = np.repeat(np.cumsum(length) - length, length)
+        tile = np.repeat(col, length) + np.arange(len(row)) - begin
+        columns = max(int(tile.max(initial=0)) + 1, 1)
+        table = np.full((len(count), columns), EMPTY, np.int32)
+        table[row, tile] = np.repeat(content, length)
+        table = table.reshape(ptr.shape[0], ptr.shape[1] - 1, columns)
+        mask.plans["tile_table"] = _upload(table, mask.device)
+    return mask.plans["tile_table"]
+
+
+def _upload(x: np.ndarray, device: torch.device) -> torch.Tensor:
+    host = torch.from_numpy(np.ascontiguousarray(x, np.int32))
+    if device.type != "cuda":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)

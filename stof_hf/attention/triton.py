@@ -1,0 +1,275 @@
+"""The `triton` backend: prepares and launches the kernels of `triton_kernels.py`.
+
+Everything that a call with the same mask, shapes and strides repeats - the work list, the grid, the
+compiled kernel - is worked out once and kept with the mask; a later call allocates its outputs and
+launches.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+
+from ..masks.cache import mask_for
+from ..masks.patterns import Full
+from ..masks.sparse_mask import SparseMask
+from . import select
+from . import triton_kernels as kernels
+from .plan import block_plan, tile_table
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+#: Heads that run together: their keys and values should stay in this much of L2.
+_L2_BYTES = 24 << 20
+_PATTERN = Full()
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: SparseMask | None,
+    *,
+    bias: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float,
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `attention.op`; returns (out [B, Sq, H, Dv], lse fp32 [B, H, Sq])."""
+    if q.is_cuda and q.device.index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return forward(q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    if mask is None:
+        mask = mask_for(_PATTERN, q.shape[2], k.shape[2], device=q.device)
+    valid = mask.kv_valid
+    key = (
+        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, scale, softcap,
+        None if valid is None else valid.shape,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
+        None if sinks is None else sinks.dtype, mask.q_len, mask.kv_len,
+        mask.row_start if isinstance(mask.row_start, int) else None,
+        mask.col_start if isinstance(mask.col_start, int) else None,
+    )  # fmt: skip
+    calls = mask.plans.setdefault("triton calls", {})
+    call = calls.get(key)
+    if call is None:
+        if bias is not None:
+            bias = bias[(None,) * (4 - bias.ndim)]
+        make = _RowCall if select.use_row_wise(q, mask) else _BlockCall
+        call = make(q, k, v, mask, bias, sinks, scale, softcap)
+        # A mask used with ever new shapes must not keep them all.
+        if len(calls) >= 256:
+            calls.clear()
+        calls[key] = call
+    return call(q, k, v, mask, bias, sinks)
+
+
+class _Kernel:
+    """A kernel launch with everything fixed but its tensors.
+
+    Triton specialises on whether pointers are multiples of 16: the compiled kernel is reused only
+    for tensors that are, as those of its first launch were.
+    """
+
+    def __init__(self, fn: Any, grid: tuple[int, ...], rest: tuple[Any, ...], **options: int):
+        self.fn, self.rest, self.options = fn, rest, options
+        self.grid = (*grid, 1, 1)[:3]
+        self.compiled: Any = None
+
+    def __call__(self, *tensors: torch.Tensor, aligned: bool) -> None:
+        if self.compiled is not None and aligned:
+            self.compiled[self.grid](*tensors, *self.rest)
+            return
+        compiled = self.fn[self.grid](*tensors, *self.rest, **self.options)
+        if aligned:
+            self.compiled = compiled
+
+
+def _aligned(*tensors: torch.Tensor) -> bool:
+    bits = 0
+    for t in tensors:
+        bits |= t.data_ptr()
+    return bits % 16 == 0
+
+
+def _strides(x: torch.Tensor, keep: int) -> tuple[int, ...]:
+    """The first `keep` strides, 0 along dimensions of size 1 that broadcast."""
+    return tuple(0 if n == 1 else s for n, s in zip(x.shape, x.stride(), strict=True))[:keep]
+
+
+class _Common:
+    """What both kinds of calls share: sizes, optional tensors, outputs."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    ):  # fmt: skip
+        self.batch, self.heads, self.q_len, self.dim = q.shape
+        self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
+        self.bd = max(16, triton.next_power_of_2(self.dim))
+        self.bdv = max(16, triton.next_power_of_2(self.v_dim))
+        self.words = mask.tile_bits.view(torch.int32)
+        pattern = mask.pattern_id
+        strides = tuple(
+            0 if n == 1 else s for n, s in zip(pattern.shape, pattern.stride(), strict=True)
+        )
+        valid_stride = (
+            0 if mask.kv_valid is None or len(mask.kv_valid) == 1 else 2 * mask.kv_valid.stride(0)
+        )
+        self.qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+        self.bias_strides = (0, 0, 0, 0) if bias is None else _strides(bias, 4)
+        self.mask_strides = (*strides, valid_stride)
+        self.upcast = INTERPRETED and q.dtype != torch.float32
+
+    def outputs(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        out = torch.empty(
+            self.batch, self.q_len, self.heads, self.v_dim, dtype=q.dtype, device=q.device
+        )
+        return out, torch.empty(
+            self.batch, self.heads, self.q_len, dtype=torch.float32, device=q.device
+        )
+
+    @staticmethod
+    def optional(
+        mask: SparseMask,
+        bias: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+        stand_in: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        valid = mask.kv_valid
+        return (
+            stand_in if valid is None else valid.view(torch.int32),
+            stand_in if bias is None else bias,
+            stand_in if sinks is None else sinks,
+        )
+
+
+class _BlockCall(_Common):
+    """Block-wise attention for one mask and one set of shapes."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    ):  # fmt: skip
+        super().__init__(q, k, v, mask, bias, sinks)
+        copies = self.batch * self.heads
+        config = select.block_config(q, max(self.bd, self.bdv), mask)
+        plan = block_plan(mask, config.rows, copies, config.workers, config.unit)
+        self.plan, self.split = plan, plan.slots > 0
+        n_items = plan.items.shape[1]
+        per_head = (
+            self.kv_len * (self.dim + self.v_dim) * k.element_size() * self.kv_heads // self.heads
+        )
+        together = max(1, min(copies, _L2_BYTES // max(1, per_head)))
+        simple = scale > 0 and softcap == 0 and bias is None
+        has_valid, has_sinks = mask.kv_valid is not None, sinks is not None
+        numbers = (
+            *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, copies, together,
+            self.q_len, self.kv_len, n_items, plan.slots, float(scale), float(softcap),
+        )  # fmt: skip
+        constants = (
+            self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, config.rows,
+            config.unit, self.split, has_valid, softcap > 0, bias is not None, has_sinks, simple,
+            config.stages, self.upcast,
+        )  # fmt: skip
+        self.main = _Kernel(
+            kernels.block_kernel, (n_items * copies,), numbers + constants,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+        if self.split:
+            merges = plan.merges.shape[1]
+            cut = 16
+            self.merge = _Kernel(
+                kernels.merge_kernel, (merges * (config.rows // cut), copies),
+                (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
+                 self.bdv, config.rows, cut, has_sinks),
+                num_warps=4,
+            )  # fmt: skip
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        out, lse = self.outputs(q)
+        plan, part, part_ml = self.plan, lse, lse
+        if self.split:
+            n = self.batch * self.heads * plan.slots
+            part = torch.empty(n, plan.rows, self.bdv, dtype=torch.float32, device=q.device)
+            part_ml = torch.empty(n, 2, plan.rows, dtype=torch.float32, device=q.device)
+        valid, bias, sinks = self.optional(mask, bias, sinks, lse)
+        aligned = _aligned(q, k, v, valid, bias, sinks)
+        self.main(
+            q, k, v, out, lse, part, part_ml, plan.items, plan.steps, self.words, mask.pattern_id,
+            valid, bias, sinks, aligned=aligned,
+        )  # fmt: skip
+        if self.split:
+            self.merge(
+                out, lse, part, part_ml, plan.merges, mask.pattern_id, sinks, aligned=aligned
+            )
+        return out, lse
+
+
+class _RowCall(_Common):
+    """Row-wise attention, keys split over programs: decoding, and very sparse small masks."""
+
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    ):  # fmt: skip
+        super().__init__(q, k, v, mask, bias, sinks)
+        group = self.heads // self.kv_heads
+        self.table = tile_table(mask)
+        _, tile_rows, tile_cols = self.table.shape
+        config = select.row_config(q, k, max(self.bd, self.bdv))
+        self.take, self.splits = config.take, config.splits
+        self.takes = triton.cdiv(self.q_len, self.take)
+        starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
+        has_sinks = sinks is not None
+        numbers = (
+            *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, self.q_len,
+            self.kv_len, tile_rows, tile_cols, config.keys_per_split, self.splits, float(scale),
+            float(softcap),
+        )  # fmt: skip
+        constants = (
+            group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
+            max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1, True,
+            mask.pattern != _PATTERN, *starts, mask.kv_valid is not None, softcap > 0,
+            bias is not None, has_sinks, 2, self.upcast,
+        )  # fmt: skip
+        grid = (self.takes * self.splits, self.batch * self.kv_heads)
+        self.main = _Kernel(
+            kernels.row_kernel, grid, numbers + constants, num_warps=4, num_stages=2
+        )
+        if self.splits > 1:
+            self.merge = _Kernel(
+                kernels.row_merge_kernel, (self.q_len, self.batch * self.heads),
+                (self.heads, self.q_len, self.splits, self.take, self.v_dim, self.bdv,
+                 triton.next_power_of_2(self.splits), has_sinks),
+                num_warps=4,
+            )  # fmt: skip
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        out, lse = self.outputs(q)
+        part, part_ml = lse, lse
+        if self.splits > 1:
+            n = self.batch * self.heads * self.takes * self.splits * self.take
+            part = torch.empty(n, self.bdv, dtype=torch.float32, device=q.device)
+            part_ml = torch.empty(2 * n, dtype=torch.float32, device=q.device)
+        valid, bias, sinks = self.optional(mask, bias, sinks, lse)
+        starts = (mask.row_start, mask.col_start)
+        on_device = [s for s in starts if isinstance(s, torch.Tensor)]
+        aligned = _aligned(q, k, v, valid, bias, sinks, *on_device)
+        self.main(
+            q, k, v, out, lse, part, part_ml, self.table, self.words, mask.pattern_id, valid, bias,
+            sinks, *starts, aligned=aligned,
+        )  # fmt: skip
+        if self.splits > 1:
+            self.merge(out, lse, part, part_ml, sinks, aligned=aligned)
+        return out, lse

@@ -1,0 +1,444 @@
+"""Triton kernels: block-wise, row-wise with split over keys, and the combination of pieces.
+
+All compute softmax in base 2 with fp32 accumulation. A mask arrives as the plan of `plan.py`; a row
+word is read as two 32-bit halves, since GPUs shift 32-bit registers. Rows without keys keep a
+maximum of minus infinity, which is replaced by 0 wherever it is subtracted.
+"""
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr):
+    # Triton's interpreter computes bf16 products wrongly.
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
+            SOFTCAP: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """Scores in base 2, softcap and bias applied, from products of query and key."""
+    if SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
+    else:
+        s = s * scale
+    if BIAS:
+        ptrs = bias_ptr + offs_m[:, None] * bias_m + offs_n[None, :] * bias_n
+        s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    return s * LOG2E
+
+
+@triton.jit
+def _accumulate(x, v, m, l, acc, UPCAST: tl.constexpr):
+    """One step of online softmax: x are base-2 scores, minus infinity where masked."""
+    m_new = tl.maximum(m, tl.max(x, 1))
+    base = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(x - base[:, None])
+    alpha = tl.exp2(m - base)
+    l = l * alpha + tl.sum(p, 1)
+    acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], UPCAST)
+    return m_new, l, acc
+
+
+@triton.jit
+def _finish(acc, m, l, sink, SINKS: tl.constexpr):
+    """(normalised rows, natural log-sum-exp)."""
+    if SINKS:
+        top = tl.maximum(m, sink * LOG2E)
+        # A sink of minus infinity on an empty row leaves the row empty.
+        base = tl.where(top == float("-inf"), 0.0, top)
+        alpha = tl.exp2(m - base)
+        acc = acc * alpha[:, None]
+        l = l * alpha + tl.exp2(sink * LOG2E - base)
+        m = top
+    lse = tl.where(l > 0, m * LN2 + tl.log(l), float("-inf"))
+    return acc / tl.where(l > 0, l, 1.0)[:, None], lse
+
+
+@triton.jit
+def block_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
+    items_ptr, steps_ptr, words_ptr, pattern_ptr, valid_ptr, bias_ptr, sinks_ptr,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
+    pattern_b, pattern_h, valid_b, heads, copies, together, q_len, kv_len, n_items, slots,
+    scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, VALID: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, SIMPLE: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Attention of one work item: ROWS query rows against one piece of their keys.
+
+    Programs are ordered by groups of `together` heads, whose keys stay in L2, and in a group by
+    item, heaviest first.
+    """
+    pid = tl.program_id(0)
+    group = pid // (n_items * together)
+    members = tl.minimum(together, copies - group * together)
+    within = pid - group * n_items * together
+    item = within // members
+    bh = group * together + within % members
+    b = bh // heads
+    h = bh % heads
+    hk = h // GROUP
+    pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
+    entry = items_ptr + (pattern * n_items + item) * 6
+    block = tl.load(entry)
+    if block < 0:
+        return
+    first_tile = tl.load(entry + 1)
+    n_full = tl.load(entry + 2)
+    first_step = tl.load(entry + 3)
+    n_part = tl.load(entry + 4)
+    slot = tl.load(entry + 5)
+
+    offs_m = block * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, BD)
+    offs_dv = tl.arange(0, BDV)
+    lane = tl.arange(0, 64)
+    rows_in = offs_m < q_len
+    b64, h64, hk64 = b.to(tl.int64), h.to(tl.int64), hk.to(tl.int64)
+    q_ptr += b64 * q_b + h64 * q_h
+    k_ptr += b64 * k_b + hk64 * k_h
+    v_ptr += b64 * v_b + hk64 * v_h
+    if BIAS:
+        bias_ptr += b64 * bias_b + h64 * bias_h
+    if VALID:
+        valid_ptr += b * valid_b
+    q_ptrs = q_ptr + offs_m[:, None].to(tl.int64) * q_s + offs_d[None, :]
+    q_mask = rows_in[:, None]
+    if BD != D:
+        q_mask = q_mask & (offs_d[None, :] < D)
+    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    log2_scale = scale * LOG2E
+
+    # Full tiles: no bitmap, and by the format's contract no key beyond the last.
+    BN: tl.constexpr = 64 * UNIT
+    wide = tl.arange(0, BN)
+    k_step = (
+        k_ptr
+        + first_tile.to(tl.int64) * 64 * k_s
+        + wide[None, :].to(tl.int64) * k_s
+        + offs_d[:, None]
+    )
+    v_step = (
+        v_ptr
+        + first_tile.to(tl.int64) * 64 * v_s
+        + wide[:, None].to(tl.int64) * v_s
+        + offs_dv[None, :]
+    )
+    for i in tl.range(0, n_full // UNIT, num_stages=STAGES):
+        if BD != D:
+            k = tl.load(k_step, mask=offs_d[:, None] < D, other=0.0)
+        else:
+            k = tl.load(k_step)
+        s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), UPCAST)
+        n = (first_tile + i * UNIT) * 64 + wide
+        if VALID:
+            w = tl.load(valid_ptr + (n >> 5))
+            seen = ((w >> (n & 31)) & 1) != 0
+        if SIMPLE:
+            # Scale inside the exponent: one fused multiply-add an element.
+            if VALID:
+                s = tl.where(seen[None, :], s, float("-inf"))
+            m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
+            base = tl.where(m_new == float("-inf"), 0.0, m_new)
+            p = tl.exp2(s * log2_scale - base[:, None])
+            alpha = tl.exp2(m - base)
+            l = l * alpha + tl.sum(p, 1)
+            if BDV != DV:
+                v = tl.load(v_step, mask=offs_dv[None, :] < DV, other=0.0)
+            else:
+                v = tl.load(v_step)
+            acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], UPCAST)
+            m = m_new
+        else:
+            x = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None], scale, softcap,
+                        SOFTCAP, BIAS)  # fmt: skip
+            if VALID:
+                x = tl.where(seen[None, :], x, float("-inf"))
+            if BDV != DV:
+                v = tl.load(v_step, mask=offs_dv[None, :] < DV, other=0.0)
+            else:
+                v = tl.load(v_step)
+            m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
+        k_step += BN * k_s
+        v_step += BN * v_s
+
+    # Partial tiles: one 64-bit word for each row and tile.
+    WIDTH: tl.constexpr = 1 + ROWS // 64
+    row_lane = tl.arange(0, ROWS) % 64
+    for i in tl.range(0, n_part, num_stages=STAGES):
+        step = steps_ptr + (first_step + i) * WIDTH
+        n = tl.load(step) * 64 + lane
+        bits = tl.load(step + 1)
+        if ROWS == 128:
+            bits = tl.where(tl.arange(0, ROWS) < 64, bits, tl.load(step + 2))
+        else:
+            bits = tl.zeros([ROWS], tl.int32) + bits
+        keys_in = n < kv_len
+        n64 = n.to(tl.int64)
+        k_mask = keys_in[None, :]
+        v_mask = keys_in[:, None]
+        if BD != D:
+            k_mask = k_mask & (offs_d[:, None] < D)
+        if BDV != DV:
+            v_mask = v_mask & (offs_dv[None, :] < DV)
+        k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None], mask=k_mask, other=0.0)
+        s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), UPCAST)
+        place = words_ptr + (bits.to(tl.int64) * 64 + row_lane) * 2
+        low = tl.load(place, mask=bits >= 0, other=0)
+        high = tl.load(place + 1, mask=bits >= 0, other=0)
+        low = tl.where(bits == -1, -1, low)
+        high = tl.where(bits == -1, -1, high)
+        word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
+        seen = ((word >> (lane & 31)[None, :]) & 1) != 0
+        if VALID:
+            w = tl.load(valid_ptr + (n >> 5), mask=keys_in, other=0)
+            seen = seen & (((w >> (n & 31)) & 1) != 0)[None, :]
+        if SIMPLE:
+            x = s * log2_scale
+        else:
+            x = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None] & keys_in[None, :],
+                        scale, softcap, SOFTCAP, BIAS)  # fmt: skip
+        x = tl.where(seen, x, float("-inf"))
+        v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :], mask=v_mask, other=0.0)
+        m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
+
+    if SPLIT:
+        if slot >= 0:
+            at = bh.to(tl.int64) * slots + slot
+            rows = tl.arange(0, ROWS)
+            tl.store(part_ptr + (at * ROWS + rows[:, None]) * BDV + offs_dv[None, :], acc)
+            tl.store(part_ml_ptr + at * 2 * ROWS + rows, m)
+            tl.store(part_ml_ptr + at * 2 * ROWS + ROWS + rows, l)
+            return
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+    o, lse = _finish(acc, m, l, sink, SINKS)
+    out_rows = out_ptr + ((b64 * q_len + offs_m[:, None]) * heads + h) * DV + offs_dv[None, :]
+    o_mask = rows_in[:, None]
+    if BDV != DV:
+        o_mask = o_mask & (offs_dv[None, :] < DV)
+    tl.store(out_rows, o.to(out_ptr.dtype.element_ty), mask=o_mask)
+    tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
+
+
+@triton.jit
+def merge_kernel(
+    out_ptr, lse_ptr, part_ptr, part_ml_ptr, merges_ptr, pattern_ptr, sinks_ptr,
+    pattern_b, pattern_h, heads, q_len, n_merges, slots,
+    DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Combine the pieces of a split block, in order, for CUT of its rows."""
+    entry = tl.program_id(0) // (ROWS // CUT)
+    rows = tl.program_id(0) % (ROWS // CUT) * CUT + tl.arange(0, CUT)
+    bh = tl.program_id(1)
+    b = bh // heads
+    h = bh % heads
+    pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
+    place = merges_ptr + (pattern * n_merges + entry) * 3
+    block = tl.load(place)
+    if block < 0:
+        return
+    first = bh.to(tl.int64) * slots + tl.load(place + 1)
+    count = tl.load(place + 2)
+    offs_dv = tl.arange(0, BDV)
+    m = tl.full([CUT], float("-inf"), tl.float32)
+    l = tl.zeros([CUT], tl.float32)
+    acc = tl.zeros([CUT, BDV], tl.float32)
+    for i in range(count):
+        at = first + i
+        m_i = tl.load(part_ml_ptr + at * 2 * ROWS + rows)
+        l_i = tl.load(part_ml_ptr + at * 2 * ROWS + ROWS + rows)
+        o_i = tl.load(part_ptr + (at * ROWS + rows[:, None]) * BDV + offs_dv[None, :])
+        m_new = tl.maximum(m, m_i)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        old = tl.exp2(m - base)
+        new = tl.exp2(m_i - base)
+        l = l * old + l_i * new
+        acc = acc * old[:, None] + o_i * new[:, None]
+        m = m_new
+    sink = 0.0
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+    o, lse = _finish(acc, m, l, sink, SINKS)
+    offs_m = block * ROWS + rows
+    rows_in = offs_m < q_len
+    out_rows = (
+        out_ptr + ((b.to(tl.int64) * q_len + offs_m[:, None]) * heads + h) * DV + offs_dv[None, :]
+    )
+    tl.store(
+        out_rows, o.to(out_ptr.dtype.element_ty), mask=rows_in[:, None] & (offs_dv[None, :] < DV)
+    )
+    tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
+
+
+@triton.jit
+def row_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
+    table_ptr, words_ptr, pattern_ptr, valid_ptr, bias_ptr, sinks_ptr, row_start, col_start,
+    q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
+    pattern_b, pattern_h, valid_b, heads, q_len, kv_len, tile_rows, tile_cols, keys_per_split,
+    splits, scale, softcap,
+    GROUP: tl.constexpr, TAKE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
+    BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
+    MASK: tl.constexpr, SKIP: tl.constexpr, ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr,
+    VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """TAKE query rows of all GROUP heads that share a key head, against one range of keys.
+
+    The row of each element is looked up in the tile table, so the view may begin at any row and
+    column. With SKIP, key blocks that no row may see are not loaded.
+    """
+    part_id = tl.program_id(0)
+    kv_heads = heads // GROUP
+    b = tl.program_id(1) // kv_heads
+    hk = tl.program_id(1) % kv_heads
+    take = part_id // splits
+    split = part_id % splits
+    lane = tl.arange(0, ROWS)
+    offs_m = take * TAKE + lane // GROUP
+    h = hk * GROUP + lane % GROUP
+    rows_in = (lane < TAKE * GROUP) & (offs_m < q_len)
+    offs_d = tl.arange(0, BD)
+    offs_dv = tl.arange(0, BDV)
+    b64, hk64 = b.to(tl.int64), hk.to(tl.int64)
+    q_ptrs = (
+        q_ptr
+        + b64 * q_b
+        + h[:, None].to(tl.int64) * q_h
+        + offs_m[:, None].to(tl.int64) * q_s
+        + offs_d[None, :]
+    )
+    q = tl.load(q_ptrs, mask=rows_in[:, None] & (offs_d[None, :] < D), other=0.0)
+    k_ptr += b64 * k_b + hk64 * k_h
+    v_ptr += b64 * v_b + hk64 * v_h
+    if MASK:
+        row = offs_m.to(tl.int64)
+        if ROW_TENSOR:
+            row += tl.load(row_start)
+        else:
+            row += row_start
+        col = tl.zeros([BN], tl.int64)
+        if COL_TENSOR:
+            col += tl.load(col_start)
+        else:
+            col += col_start
+        pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h, mask=rows_in, other=0)
+        stored = rows_in & (row < tile_rows * 64)
+        table_rows = table_ptr + (pattern * tile_rows + (row >> 6)) * tile_cols
+        row_word = (row & 63) * 2
+    if BIAS:
+        bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    l = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, BDV], tl.float32)
+    begin = split * keys_per_split
+    end = tl.minimum(begin + keys_per_split, kv_len)
+    for start in tl.range(begin, end, BN, num_stages=STAGES):
+        n = start + tl.arange(0, BN)
+        keys_in = n < end
+        seen = rows_in[:, None] & keys_in[None, :]
+        if VALID:
+            w = tl.load(valid_ptr + b * valid_b + (n >> 5), mask=keys_in, other=0)
+            seen = seen & (((w >> (n & 31)) & 1) != 0)[None, :]
+        if MASK:
+            c = col + n
+            inside = stored[:, None] & (c < tile_cols * 64)[None, :] & keys_in[None, :]
+            tile = tl.load(table_rows[:, None] + (c >> 6)[None, :], mask=inside, other=-2)
+            place = (
+                words_ptr + tile.to(tl.int64) * 128 + row_word[:, None] + ((c >> 5) & 1)[None, :]
+            )
+            word = tl.load(place, mask=tile >= 0, other=0)
+            bit = ((word >> (c & 31).to(tl.int32)[None, :]) & 1) != 0
+            seen = seen & ((tile == -1) | bit)
+        go = True
+        if SKIP:
+            go = tl.max(seen.to(tl.int32)) > 0
+        if go:
+            n64 = n.to(tl.int64)
+            k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None],
+                        mask=keys_in[None, :] & (offs_d[:, None] < D), other=0.0)  # fmt: skip
+            s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), UPCAST)
+            if SOFTCAP:
+                s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
+            else:
+                s = s * scale
+            if BIAS:
+                s += tl.load(bias_rows[:, None] + n64[None, :] * bias_n, mask=seen, other=0.0).to(
+                    tl.float32
+                )
+            x = tl.where(seen, s * LOG2E, float("-inf"))
+            v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :],
+                        mask=keys_in[:, None] & (offs_dv[None, :] < DV), other=0.0)  # fmt: skip
+            m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
+    if SPLIT:
+        # Slots follow merge_kernel's layout: heads, then the splits of one block of rows.
+        at = ((b64 * heads + h) * tl.cdiv(q_len, TAKE) + take) * splits + split
+        row_at = at * TAKE + lane // GROUP
+        tl.store(part_ptr + row_at[:, None] * BDV + offs_dv[None, :], acc, mask=rows_in[:, None])
+        ml = part_ml_ptr + at * 2 * TAKE + lane // GROUP
+        tl.store(ml, m, mask=rows_in)
+        tl.store(ml + TAKE, l, mask=rows_in)
+    else:
+        sink = tl.zeros([ROWS], tl.float32)
+        if SINKS:
+            sink = tl.load(sinks_ptr + h, mask=rows_in, other=0.0).to(tl.float32)
+        o, lse = _finish(acc, m, l, sink, SINKS)
+        out_rows = (
+            out_ptr + ((b64 * q_len + offs_m[:, None]) * heads + h[:, None]) * DV + offs_dv[None, :]
+        )
+        tl.store(
+            out_rows,
+            o.to(out_ptr.dtype.element_ty),
+            mask=rows_in[:, None] & (offs_dv[None, :] < DV),
+        )
+        tl.store(lse_ptr + (b64 * heads + h) * q_len + offs_m, lse, mask=rows_in)
+
+
+@triton.jit
+def row_merge_kernel(
+    out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, heads, q_len, splits,
+    TAKE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Combine the splits of one query row, all at once (a fixed tree of additions)."""
+    i = tl.program_id(0)
+    bh = tl.program_id(1).to(tl.int64)
+    h = tl.program_id(1) % heads
+    b = bh // heads
+    offs_s = tl.arange(0, BS)
+    offs_dv = tl.arange(0, BDV)
+    inside = offs_s < splits
+    at = (bh * tl.cdiv(q_len, TAKE) + i // TAKE) * splits + offs_s
+    ml = part_ml_ptr + at * 2 * TAKE + i % TAKE
+    m = tl.load(ml, mask=inside, other=float("-inf"))
+    l = tl.load(ml + TAKE, mask=inside, other=0.0)
+    top = tl.max(m, 0)
+    if SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+        top = tl.maximum(top, sink)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp2(m - base)
+    total = tl.sum(l * weight, 0)
+    if SINKS:
+        total += tl.exp2(sink - base)
+    rows = part_ptr + (at * TAKE + i % TAKE)[:, None] * BDV + offs_dv[None, :]
+    o = tl.sum(tl.load(rows, mask=inside[:, None], other=0.0) * weight[:, None], 0)
+    o = o / tl.where(total > 0, total, 1.0)
+    tl.store(out_ptr + ((b * q_len + i) * heads + h) * DV + offs_dv, o.to(out_ptr.dtype.element_ty),
+             mask=offs_dv < DV)  # fmt: skip
+    lse = tl.where(total > 0, top * LN2 + tl.log(total), float("-inf"))
+    tl.store(lse_ptr + bh * q_len + i, lse)

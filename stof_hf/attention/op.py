@@ -7,12 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import MaskError, UnsupportedError
 from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
-from ..masks.sparse_mask import STRUCTURE, SparseMask
+from ..masks.sparse_mask import PLANS, STRUCTURE, SparseMask
 from . import select
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -165,10 +164,6 @@ def _check_mask(
         )
 
 
-# Plans of masks that travel through the dispatcher as bare tensors.
-_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def op_arguments(q: torch.Tensor, k: torch.Tensor, mask: Any) -> tuple[Any, ...]:
     """The mask as the op takes it: (pattern, tensors, geometry, kv_valid, row_start, col_start)."""
     if mask is None:
@@ -176,8 +171,6 @@ def op_arguments(q: torch.Tensor, k: torch.Tensor, mask: Any) -> tuple[Any, ...]
     if not isinstance(mask, SparseMask):
         return mask.op_arguments()
     tensors = [getattr(mask, name) for name in STRUCTURE]
-    if not torch.compiler.is_compiling():
-        _plans[mask.row_ptr] = mask.plans
     starts = (mask.row_start, mask.col_start)
     numbers = [s if isinstance(s, int) else 0 for s in starts]
     on_device = [None if isinstance(s, int) else s for s in starts]
@@ -204,7 +197,7 @@ def _mask_of(
         q_offset = row if row_start is None else row_start
         mask = mask_for(_pattern(pattern), q_len, kv_len, q_offset, col, device=device)
     elif tensors:
-        plans = _plans.setdefault(tensors[1], {})
+        plans = PLANS.setdefault(tensors[5], {})
         mask = SparseMask(
             q_len, kv_len, *tensors, plans=plans,
             row_start=row if row_start is None else row_start,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..errors import MaskError
 from ..masks import bits
 from ..masks.bits import TILE
 from ..masks.sparse_mask import FULL, SparseMask
@@ -20,8 +21,6 @@ from ..masks.sparse_mask import FULL, SparseMask
 EMPTY = -2
 #: A full tile's cost is 1; a partial one applies its bitmap; an item loads queries, stores rows.
 _PARTIAL_COST, _ITEM_COST = 1.3, 2.0
-#: Shorter full runs are streamed as partial tiles of ones: a loop of its own costs more.
-_LEAST_RUN = 3
 #: An item is split only if that saves more than combining costs.
 _LEAST_PIECE = 8.0
 
@@ -45,21 +44,20 @@ class BlockPlan:
     slots: int
 
 
-def block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int = 1) -> BlockPlan:
+def block_plan(mask: SparseMask, rows: int, copies: int, workers: int) -> BlockPlan:
     """The plan of `mask` for blocks of `rows` (64 or 128) query rows.
 
     Args:
         copies: number of (batch, head) pairs that the launch computes.
         workers: blocks that the device runs at once.
-        unit: key tiles that a step of the full run covers.
     """
-    key = ("block", rows, copies, workers, unit)
+    key = ("block", rows, copies, workers)
     if key not in mask.plans:
-        mask.plans[key] = _block_plan(mask, rows, copies, workers, unit)
+        mask.plans[key] = _block_plan(mask, rows, copies, workers)
     return mask.plans[key]
 
 
-def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
+def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int) -> BlockPlan:
     ptr, col, length, content = mask.host_runs()
     patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1
     per = rows // TILE
@@ -77,14 +75,14 @@ def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: in
         content = content[:, None]
     total = patterns * blocks
     full = (content == FULL).all(1)
-    run_col, run_len = _longest_runs(block, col, length, full, total, unit)
+    run_col, run_len = _longest_runs(block, col, length, full, total)
     step_block, steps = _partial_steps(block, col, length, content, full, run_col, run_len)
     n_part = np.bincount(step_block, minlength=total)
     first_part = np.cumsum(n_part) - n_part
     cost = run_len + _PARTIAL_COST * n_part + _ITEM_COST
     pieces = _pieces(cost, copies / patterns, workers)
     items, merges, slots = _items(
-        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks, unit
+        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks
     )
     device = mask.device
     return BlockPlan(rows, *(_upload(x, device) for x in (items, steps, merges)), slots)
@@ -109,9 +107,9 @@ def _joined(
 
 
 def _longest_runs(
-    block: np.ndarray, col: np.ndarray, length: np.ndarray, full: np.ndarray, total: int, unit: int
+    block: np.ndarray, col: np.ndarray, length: np.ndarray, full: np.ndarray, total: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First tile and length of each block's longest run of full tiles, a multiple of `unit`."""
+    """First tile and length of each block's longest run of full tiles."""
     block, col, length = block[full], col[full], length[full]
     begins = np.ones(len(block), bool)
     begins[1:] = (block[1:] != block[:-1]) | (col[1:] != col[:-1] + length[:-1])
@@ -122,8 +120,7 @@ def _longest_runs(
     best_col, best_len = np.zeros(total, np.int64), np.zeros(total, np.int64)
     # Ascending by length within a block: the last assignment, the longest, stays.
     best_col[run_block[order]], best_len[run_block[order]] = run_col[order], run_len[order]
-    best_len = best_len // unit * unit
-    return best_col, np.where(best_len < _LEAST_RUN, 0, best_len)
+    return best_col, best_len
 
 
 def _partial_steps(
@@ -157,7 +154,7 @@ def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
 
 def _items(
     pieces: np.ndarray, cost: np.ndarray, run_col: np.ndarray, run_len: np.ndarray,
-    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int, unit: int,
+    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
     of = np.repeat(np.arange(len(pieces)), pieces)
     index = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -166,8 +163,7 @@ def _items(
     def cut(total: np.ndarray, at: np.ndarray) -> np.ndarray:
         return total * at // n
 
-    groups = run_len[of] // unit
-    full_a, full_b = cut(groups, index) * unit, cut(groups, index + 1) * unit
+    full_a, full_b = cut(run_len[of], index), cut(run_len[of], index + 1)
     part_a, part_b = cut(n_part[of], index), cut(n_part[of], index + 1)
     split = n > 1
     pattern = of // blocks
@@ -209,8 +205,57 @@ def tile_table(mask: SparseMask) -> torch.Tensor:
     return mask.plans["tile_table"]
 
 
+def device_tile_table(mask: SparseMask) -> torch.Tensor:
+    """`tile_table`, computed on the device without synchronising; tiles are classified anew.
+
+    Raises MaskError for a view, whose storage may have more columns than the view has.
+    """
+    if mask.is_view:
+        raise MaskError(
+            "a view of a mask (SparseMask.rows) that reaches the kernel as bare tensors inside a "
+            "CUDA graph cannot be planned: pass the pattern instead of the SparseMask"
+        )
+    patterns, tile_rows = mask.row_ptr.shape[0], mask.row_ptr.shape[1] - 1
+    columns, device = bits.words_per(mask.kv_len), mask.device
+    shape = (patterns, tile_rows, columns)
+    if len(mask.run_col) == 0:
+        return torch.full(shape, EMPTY, dtype=torch.int32, device=device)
+    first = mask.row_ptr[:, :-1].flatten().contiguous()
+    run = torch.arange(len(mask.run_col), dtype=torch.int32, device=device)
+    begin = (torch.searchsorted(first, run, right=True) - 1) * columns + mask.run_col
+    cell = torch.arange(patterns * tile_rows * columns, device=device)
+    at = (torch.searchsorted(begin, cell, right=True) - 1).clamp(0)
+    inside = (cell >= begin[at]) & (cell < begin[at] + mask.run_len[at])
+    content = mask.run_bits[at]
+    if len(mask.tile_bits):
+        words = mask.tile_bits[content.clamp(0)]
+        content = content.masked_fill((content >= 0) & (words == 0).all(1), EMPTY)
+        content = content.masked_fill((content >= 0) & (words == -1).all(1), FULL)
+    return torch.where(inside, content, EMPTY).view(shape)
+
+
+def device_block_plan(mask: SparseMask) -> BlockPlan:
+    """A plan for blocks of 64 query rows, made on the device without synchronising.
+
+    For masks whose runs the host does not know, and for calls that a CUDA graph captures before
+    they were planned. Every tile is a step of its own, and no item is split.
+    """
+    table = device_tile_table(mask)
+    patterns, tile_rows, columns = table.shape
+    held = table != EMPTY
+    count = held.sum(2)
+    # Held tiles move to the front of their row, the others to a last column that nobody reads.
+    place = torch.where(held, held.cumsum(2) - 1, columns)
+    tile = torch.arange(columns, dtype=torch.int32, device=table.device).expand_as(table)
+    steps = torch.zeros(patterns, tile_rows, columns + 1, 2, dtype=torch.int32, device=table.device)
+    steps.scatter_(2, place[..., None].expand(-1, -1, -1, 2), torch.stack([tile, table], 3))
+    weight, block = torch.sort(count, dim=1, descending=True, stable=True)
+    row = torch.arange(patterns, device=table.device)[:, None] * tile_rows + block
+    none = torch.zeros_like(block)
+    items = torch.stack([block, none, none, row * (columns + 1), weight, none - 1], 2)
+    merges = torch.empty(patterns, 0, 3, dtype=torch.int32, device=table.device)
+    return BlockPlan(TILE, items.to(torch.int32), steps.view(-1, 2), merges, 0)
+
+
 def _upload(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    host = torch.from_numpy(np.ascontiguousarray(x, np.int32))
-    if device.type != "cuda":
-        return host
-    return host.pin_memory().to(device, non_blocking=True)
+    return bits.upload(torch.from_numpy(np.ascontiguousarray(x, np.int32)), device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -36,34 +35,24 @@ def forward(
     return backend.forward(q, k, v, mask, **rest)
 
 
-def use_row_wise(q: torch.Tensor, mask: SparseMask) -> bool:
-    """Whether the row-wise kernel computes this call: decoding, or the paper's rule."""
+def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:
+    """Whether the row-wise kernel computes this call, for a head size padded to `dim`.
+
+    It does for decoding, and for fp32 heads whose tiles would not fit into shared memory.
+    """
     if mask.is_view or q.shape[2] <= DECODE_ROWS:
         return True
-    return row_wise(mask.valid_share, q.shape[2])
-
-
-def row_wise(rho: float, seq_len: int) -> bool:
-    """The paper's rule: row-wise kernels where few of the 16 x 16 blocks hold an allowed pair.
-
-    Row-wise if rho < tau = 1.2 / log2(S / 16)^2 (STOF, PPoPP '26).
-
-    Args:
-        rho: share of 16 x 16 blocks that hold an allowed pair, in [0, 1].
-        seq_len: S, in tokens.
-    """
-    return seq_len > 16 and rho < 1.2 / math.log2(seq_len / 16) ** 2
+    return q.dtype == torch.float32 and dim > 128
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Of the block-wise kernel: query rows and warps of a block, pipeline stages, key tiles that a
-    step of a full run covers, and the blocks that the device runs at once."""
+    """Of the block-wise kernel: query rows and warps of a block, pipeline stages, and the blocks
+    that the device runs at once."""
 
     rows: int
     warps: int
     stages: int
-    unit: int
     workers: int
 
 
@@ -79,10 +68,8 @@ class RowConfig:
 
 def block_config(q: torch.Tensor, dim: int, mask: SparseMask) -> BlockConfig:
     """Tile sizes of the Triton block-wise kernel, for a head size padded to `dim`."""
-    stages = 3 if dim <= 64 else 2
-    if q.dtype == torch.float32 or dim > 128:
-        return BlockConfig(64, 4, 2 if dim <= 64 else 1, 1, 2 * multiprocessors(q.device))
-    return BlockConfig(64, 4, stages, 1, 2 * multiprocessors(q.device))
+    stages = 1 if dim > 128 or (q.dtype == torch.float32 and dim > 64) else 2
+    return BlockConfig(64, 4, stages, 2 * multiprocessors(q.device))
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:

@@ -18,7 +18,7 @@ from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
 from . import select
 from . import triton_kernels as kernels
-from .plan import block_plan, tile_table
+from .plan import block_plan, device_block_plan, device_tile_table, tile_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
@@ -59,13 +59,21 @@ def forward(
     if call is None:
         if bias is not None:
             bias = bias[(None,) * (4 - bias.ndim)]
-        make = _RowCall if select.use_row_wise(q, mask) else _BlockCall
-        call = make(q, k, v, mask, bias, sinks, scale, softcap)
-        # A mask used with ever new shapes must not keep them all.
+        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+        on_device = capturing or "host_runs" not in mask.plans
+        make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
+        call = make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
+        # A mask used with ever new shapes must not keep them all; what a capture computes belongs
+        # to its graph.
         if len(calls) >= 256:
             calls.clear()
-        calls[key] = call
+        if not capturing:
+            calls[key] = call
     return call(q, k, v, mask, bias, sinks)
+
+
+def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
+    return max(16, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
 
 
 class _Kernel:
@@ -123,7 +131,6 @@ class _Common:
         self.qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.bias_strides = (0, 0, 0, 0) if bias is None else _strides(bias, 4)
         self.mask_strides = (*strides, valid_stride)
-        self.upcast = INTERPRETED and q.dtype != torch.float32
 
     def outputs(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         out = torch.empty(
@@ -154,39 +161,44 @@ class _BlockCall(_Common):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        on_device: bool,
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks)
         copies = self.batch * self.heads
-        config = select.block_config(q, max(self.bd, self.bdv), mask)
-        plan = block_plan(mask, config.rows, copies, config.workers, config.unit)
+        config = select.block_config(q, _padded(q, v), mask)
+        if on_device:
+            plan = device_block_plan(mask)
+        else:
+            plan = block_plan(mask, config.rows, copies, config.workers)
         self.plan, self.split = plan, plan.slots > 0
         n_items = plan.items.shape[1]
         per_head = (
             self.kv_len * (self.dim + self.v_dim) * k.element_size() * self.kv_heads // self.heads
         )
-        together = max(1, min(copies, _L2_BYTES // max(1, per_head)))
+        groups = triton.cdiv(copies, max(1, min(copies, _L2_BYTES // per_head)))
+        grid = (triton.cdiv(copies, groups), n_items, groups)
         simple = scale > 0 and softcap == 0 and bias is None
         has_valid, has_sinks = mask.kv_valid is not None, sinks is not None
         numbers = (
-            *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, copies, together,
+            *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, copies,
             self.q_len, self.kv_len, n_items, plan.slots, float(scale), float(softcap),
         )  # fmt: skip
         constants = (
-            self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, config.rows,
-            config.unit, self.split, has_valid, softcap > 0, bias is not None, has_sinks, simple,
-            config.stages, self.upcast,
+            self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, plan.rows,
+            self.split, len(mask.row_ptr) > 1, has_valid, softcap > 0,
+            bias is not None, has_sinks, simple, config.stages, INTERPRETED,
         )  # fmt: skip
         self.main = _Kernel(
-            kernels.block_kernel, (n_items * copies,), numbers + constants,
+            kernels.block_kernel, grid, numbers + constants,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if self.split:
             merges = plan.merges.shape[1]
             cut = 16
             self.merge = _Kernel(
-                kernels.merge_kernel, (merges * (config.rows // cut), copies),
+                kernels.merge_kernel, (merges * (plan.rows // cut), copies),
                 (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
-                 self.bdv, config.rows, cut, has_sinks),
+                 self.bdv, plan.rows, cut, has_sinks),
                 num_warps=4,
             )  # fmt: skip
 
@@ -219,12 +231,13 @@ class _RowCall(_Common):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        on_device: bool,
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks)
         group = self.heads // self.kv_heads
-        self.table = tile_table(mask)
+        self.table = device_tile_table(mask) if on_device else tile_table(mask)
         _, tile_rows, tile_cols = self.table.shape
-        config = select.row_config(q, k, max(self.bd, self.bdv))
+        config = select.row_config(q, k, _padded(q, v))
         self.take, self.splits = config.take, config.splits
         self.takes = triton.cdiv(self.q_len, self.take)
         starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
@@ -238,7 +251,7 @@ class _RowCall(_Common):
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
             max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1, True,
             mask.pattern != _PATTERN, *starts, mask.kv_valid is not None, softcap > 0,
-            bias is not None, has_sinks, 2, self.upcast,
+            bias is not None, has_sinks, 2, INTERPRETED,
         )  # fmt: skip
         grid = (self.takes * self.splits, self.batch * self.kv_heads)
         self.main = _Kernel(

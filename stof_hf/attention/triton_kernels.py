@@ -13,9 +13,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr):
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
     # Triton's interpreter computes bf16 products wrongly.
-    if UPCAST:
+    if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="tf32x3")
@@ -36,14 +36,14 @@ def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
 
 
 @triton.jit
-def _accumulate(x, v, m, l, acc, UPCAST: tl.constexpr):
+def _accumulate(x, v, m, l, acc, INTERPRETED: tl.constexpr):
     """One step of online softmax: x are base-2 scores, minus infinity where masked."""
     m_new = tl.maximum(m, tl.max(x, 1))
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(x - base[:, None])
     alpha = tl.exp2(m - base)
     l = l * alpha + tl.sum(p, 1)
-    acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], UPCAST)
+    acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], INTERPRETED)
     return m_new, l, acc
 
 
@@ -59,7 +59,39 @@ def _finish(acc, m, l, sink, SINKS: tl.constexpr):
         l = l * alpha + tl.exp2(sink * LOG2E - base)
         m = top
     lse = tl.where(l > 0, m * LN2 + tl.log(l), float("-inf"))
-    return acc / tl.where(l > 0, l, 1.0)[:, None], lse
+    return acc * (1.0 / tl.where(l > 0, l, 1.0))[:, None], lse
+
+
+@triton.jit
+def _step(steps_ptr, i, n_full, total, first_tile, WIDTH: tl.constexpr):
+    """Key tile of step i, and what the bitmaps of its lower and upper 64 rows are."""
+    listed = (i >= n_full) & (i < total)
+    step = steps_ptr + i * WIDTH
+    tile = tl.load(step, mask=listed, other=first_tile + i)
+    low = tl.load(step + 1, mask=listed, other=-1)
+    high = low
+    if WIDTH == 3:
+        high = tl.load(step + 2, mask=listed, other=-1)
+    return tile, low, high
+
+
+@triton.jit
+def _words(words_ptr, low_bits, high_bits, upper, row_lane):
+    """The two halves of each row's word of a tile."""
+    bits = tl.where(upper, high_bits, low_bits)
+    place = words_ptr + (bits.to(tl.int64) * 64 + row_lane) * 2
+    whole = tl.where(bits == -1, -1, 0)
+    low = tl.load(place, mask=bits >= 0, other=whole)
+    return low, tl.load(place + 1, mask=bits >= 0, other=whole)
+
+
+@triton.jit
+def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
+    if not INTERPRETED:
+        # A volatile move keeps the compiler from turning the branch around this into selects.
+        low = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [low], tl.int32, False, 1)
+    word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
+    return tl.where((word & column_bit) != 0, s, float("-inf"))
 
 
 @triton.jit
@@ -67,29 +99,28 @@ def block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
     items_ptr, steps_ptr, words_ptr, pattern_ptr, valid_ptr, bias_ptr, sinks_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
-    pattern_b, pattern_h, valid_b, heads, copies, together, q_len, kv_len, n_items, slots,
+    pattern_b, pattern_h, valid_b, heads, copies, q_len, kv_len, n_items, slots,
     scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, VALID: tl.constexpr,
+    ROWS: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr, VALID: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, SIMPLE: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
-    Programs are ordered by groups of `together` heads, whose keys stay in L2, and in a group by
-    item, heaviest first.
+    The grid is (heads of a group, items, groups): a group's keys stay in L2, and its items start
+    heaviest first.
     """
-    pid = tl.program_id(0)
-    group = pid // (n_items * together)
-    members = tl.minimum(together, copies - group * together)
-    within = pid - group * n_items * together
-    item = within // members
-    bh = group * together + within % members
+    bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+    if bh >= copies:
+        return
     b = bh // heads
     h = bh % heads
     hk = h // GROUP
-    pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
-    entry = items_ptr + (pattern * n_items + item) * 6
+    entry = items_ptr + tl.program_id(1) * 6
+    if PATTERNS:
+        pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
+        entry += pattern * n_items * 6
     block = tl.load(entry)
     if block < 0:
         return
@@ -121,99 +152,54 @@ def block_kernel(
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
     log2_scale = scale * LOG2E
-
-    # Full tiles: no bitmap, and by the format's contract no key beyond the last.
-    BN: tl.constexpr = 64 * UNIT
-    wide = tl.arange(0, BN)
-    k_step = (
-        k_ptr
-        + first_tile.to(tl.int64) * 64 * k_s
-        + wide[None, :].to(tl.int64) * k_s
-        + offs_d[:, None]
-    )
-    v_step = (
-        v_ptr
-        + first_tile.to(tl.int64) * 64 * v_s
-        + wide[:, None].to(tl.int64) * v_s
-        + offs_dv[None, :]
-    )
-    for i in tl.range(0, n_full // UNIT, num_stages=STAGES):
-        if BD != D:
-            k = tl.load(k_step, mask=offs_d[:, None] < D, other=0.0)
-        else:
-            k = tl.load(k_step)
-        s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), UPCAST)
-        n = (first_tile + i * UNIT) * 64 + wide
-        if VALID:
-            w = tl.load(valid_ptr + (n >> 5))
-            seen = ((w >> (n & 31)) & 1) != 0
-        if SIMPLE:
-            # Scale inside the exponent: one fused multiply-add an element.
-            if VALID:
-                s = tl.where(seen[None, :], s, float("-inf"))
-            m_new = tl.maximum(m, tl.max(s, 1) * log2_scale)
-            base = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * log2_scale - base[:, None])
-            alpha = tl.exp2(m - base)
-            l = l * alpha + tl.sum(p, 1)
-            if BDV != DV:
-                v = tl.load(v_step, mask=offs_dv[None, :] < DV, other=0.0)
-            else:
-                v = tl.load(v_step)
-            acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], UPCAST)
-            m = m_new
-        else:
-            x = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None], scale, softcap,
-                        SOFTCAP, BIAS)  # fmt: skip
-            if VALID:
-                x = tl.where(seen[None, :], x, float("-inf"))
-            if BDV != DV:
-                v = tl.load(v_step, mask=offs_dv[None, :] < DV, other=0.0)
-            else:
-                v = tl.load(v_step)
-            m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
-        k_step += BN * k_s
-        v_step += BN * v_s
-
-    # Partial tiles: one 64-bit word for each row and tile.
     WIDTH: tl.constexpr = 1 + ROWS // 64
+
+    # Steps: the full run, which has no bitmaps and by the format's contract no key beyond the last,
+    # then tiles with one 64-bit word for each row. What a step needs to know is loaded ahead: its
+    # tile and bitmap index two steps before its use, its words one step before.
+    total = n_full + n_part
+    steps_ptr += (first_step - n_full) * WIDTH
     row_lane = tl.arange(0, ROWS) % 64
-    for i in tl.range(0, n_part, num_stages=STAGES):
-        step = steps_ptr + (first_step + i) * WIDTH
-        n = tl.load(step) * 64 + lane
-        bits = tl.load(step + 1)
-        if ROWS == 128:
-            bits = tl.where(tl.arange(0, ROWS) < 64, bits, tl.load(step + 2))
-        else:
-            bits = tl.zeros([ROWS], tl.int32) + bits
-        keys_in = n < kv_len
-        n64 = n.to(tl.int64)
+    upper = tl.arange(0, ROWS) >= 64
+    column_bit = (tl.full([64], 1, tl.int32) << (lane & 31))[None, :]
+    k_offs = lane[None, :] * k_s + offs_d[:, None]
+    v_offs = lane[:, None] * v_s + offs_dv[None, :]
+    tile, low_bits, high_bits = _step(steps_ptr, 0, n_full, total, first_tile, WIDTH)
+    masked = (low_bits != -1) | (high_bits != -1)
+    low, high = _words(words_ptr, low_bits, high_bits, upper, row_lane)
+    for i in tl.range(0, total, num_stages=STAGES):
+        first_key = tile.to(tl.int64) * 64
+        keys_in = lane < kv_len - tile * 64
         k_mask = keys_in[None, :]
         v_mask = keys_in[:, None]
         if BD != D:
             k_mask = k_mask & (offs_d[:, None] < D)
         if BDV != DV:
             v_mask = v_mask & (offs_dv[None, :] < DV)
-        k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None], mask=k_mask, other=0.0)
-        s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), UPCAST)
-        place = words_ptr + (bits.to(tl.int64) * 64 + row_lane) * 2
-        low = tl.load(place, mask=bits >= 0, other=0)
-        high = tl.load(place + 1, mask=bits >= 0, other=0)
-        low = tl.where(bits == -1, -1, low)
-        high = tl.where(bits == -1, -1, high)
-        word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
-        seen = ((word >> (lane & 31)[None, :]) & 1) != 0
+        k = tl.load(k_ptr + first_key * k_s + k_offs, mask=k_mask, other=0.0)
+        s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
+        n = tile * 64 + lane
+        if not SIMPLE:
+            s = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None] & keys_in[None, :],
+                        scale, softcap, SOFTCAP, BIAS)  # fmt: skip
+        if masked:
+            s = _masked(s, low, high, lane, column_bit, INTERPRETED)
         if VALID:
             w = tl.load(valid_ptr + (n >> 5), mask=keys_in, other=0)
-            seen = seen & (((w >> (n & 31)) & 1) != 0)[None, :]
-        if SIMPLE:
-            x = s * log2_scale
-        else:
-            x = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None] & keys_in[None, :],
-                        scale, softcap, SOFTCAP, BIAS)  # fmt: skip
-        x = tl.where(seen, x, float("-inf"))
-        v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :], mask=v_mask, other=0.0)
-        m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
+            s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))
+        v = tl.load(v_ptr + first_key * v_s + v_offs, mask=v_mask, other=0.0)
+        # With SIMPLE the scale is part of the exponent: one fused multiply-add an element.
+        factor = log2_scale if SIMPLE else 1.0
+        m_new = tl.maximum(m, tl.max(s, 1) * factor)
+        base = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * factor - base[:, None])
+        alpha = tl.exp2(m - base)
+        l = l * alpha + tl.sum(p, 1)
+        tile, low_bits, high_bits = _step(steps_ptr, i + 1, n_full, total, first_tile, WIDTH)
+        masked = (low_bits != -1) | (high_bits != -1)
+        low, high = _words(words_ptr, low_bits, high_bits, upper, row_lane)
+        acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], INTERPRETED)
+        m = m_new
 
     if SPLIT:
         if slot >= 0:
@@ -296,7 +282,7 @@ def row_kernel(
     BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     MASK: tl.constexpr, SKIP: tl.constexpr, ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr,
     VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
-    STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """TAKE query rows of all GROUP heads that share a key head, against one range of keys.
 
@@ -372,7 +358,7 @@ def row_kernel(
             n64 = n.to(tl.int64)
             k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None],
                         mask=keys_in[None, :] & (offs_d[:, None] < D), other=0.0)  # fmt: skip
-            s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), UPCAST)
+            s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), INTERPRETED)
             if SOFTCAP:
                 s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
             else:
@@ -384,7 +370,7 @@ def row_kernel(
             x = tl.where(seen, s * LOG2E, float("-inf"))
             v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :],
                         mask=keys_in[:, None] & (offs_dv[None, :] < DV), other=0.0)  # fmt: skip
-            m, l, acc = _accumulate(x, v, m, l, acc, UPCAST)
+            m, l, acc = _accumulate(x, v, m, l, acc, INTERPRETED)
     if SPLIT:
         # Slots follow merge_kernel's layout: heads, then the splits of one block of rows.
         at = ((b64 * heads + h) * tl.cdiv(q_len, TAKE) + take) * splits + split

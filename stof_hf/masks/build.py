@@ -21,7 +21,7 @@ from .blocks import BlockMaskPattern
 from .given import check_dense
 from .intervals import Intervals
 from .pattern import Pattern, Rows, whole
-from .sparse_mask import EMPTY, FULL, SparseMask
+from .sparse_mask import EMPTY, FULL, PLANS, SparseMask
 
 _GROUP = 16384
 _MULTIPLIERS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64))
@@ -318,11 +318,12 @@ def _assemble(
     blocks[content >= 0] = tiles.occupied[content[content >= 0]]
     of_all = shape[0] * shape[1] * -(-q_len // 16) * -(-rows.kv_len // 16)
     plans = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
-    arrays = [_upload(torch.from_numpy(a.astype(np.int32)), device) for a in host]
+    arrays = [bits.upload(torch.from_numpy(a.astype(np.int32)), device) for a in host]
     mask = SparseMask(
-        q_len, rows.kv_len, *arrays, tile_bits=_upload(tiles.words, device),
+        q_len, rows.kv_len, *arrays, tile_bits=bits.upload(tiles.words, device),
         q_offset=q_offset, kv_offset=kv_offset, pattern=pattern, plans=plans,
     )  # fmt: skip
+    PLANS[mask.tile_bits] = plans
     return mask if padding is None else mask.with_padding(padding)
 
 
@@ -345,9 +346,3 @@ def _distinct(
     flat = np.cumsum(counts[first].reshape(-1)).reshape(len(first), -1)
     lead = np.concatenate([[0], flat[:-1, -1]])
     return ids, np.concatenate([lead[:, None], flat], axis=1), kept
-
-
-def _upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if x.device == device or device.type == "cpu" or x.device.type != "cpu":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import MaskError
 from . import bits
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 FULL, EMPTY = -1, -2
 #: Entries of `plans` that hold on every device.
 HOST_FACTS = ("host_runs", "valid_share")
+#: `plans` by `tile_bits`, for masks that travel through torch's dispatcher as bare tensors.
+PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 STRUCTURE = ("pattern_id", "row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
 
 
@@ -184,6 +187,7 @@ class SparseMask(ActsAsTensor):
             moved = {name: getattr(self, name).to(device) for name in STRUCTURE}
             known = {name: self.plans[name] for name in HOST_FACTS if name in self.plans}
             self.plans[key] = (moved, known)
+            PLANS[moved["tile_bits"]] = known
         moved, plans = self.plans[key]
 
         def carry(x: Any) -> Any:

@@ -197,7 +197,8 @@ def _mask_of(
         q_offset = row if row_start is None else row_start
         mask = mask_for(_pattern(pattern), q_len, kv_len, q_offset, col, device=device)
     elif tensors:
-        plans = PLANS.setdefault(tensors[5], {})
+        # Of masks that the graph computes, nothing can be kept for the next call.
+        plans = PLANS.get(tensors[5], {})
         mask = SparseMask(
             q_len, kv_len, *tensors, plans=plans,
             row_start=row if row_start is None else row_start,

@@ -16,13 +16,14 @@ import torch
 from ..errors import MaskError
 from ..masks import bits
 from ..masks.bits import TILE
+from ..masks.device import upload
 from ..masks.sparse_mask import FULL, SparseMask
 
 EMPTY = -2
 #: A full tile's cost is 1; a partial one applies its bitmap; an item loads queries, stores rows.
 _PARTIAL_COST, _ITEM_COST = 1.3, 2.0
-#: An item is split only if that saves more than combining costs.
-_LEAST_PIECE = 8.0
+#: No share of the work is thought smaller than this, and no item is cut into smaller pieces.
+_LEAST_SHARE, _LEAST_PIECE = 8.0, 28.0
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,21 @@ class BlockPlan:
     slots: int
 
 
-def block_plan(mask: SparseMask, rows: int, copies: int, workers: int) -> BlockPlan:
+def block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
     """The plan of `mask` for blocks of `rows` (64 or 128) query rows.
 
     Args:
         copies: number of (batch, head) pairs that the launch computes.
         workers: blocks that the device runs at once.
+        unit: key tiles that a step of the full run covers; 0: there is no such run.
     """
-    key = ("block", rows, copies, workers)
+    key = ("block", rows, copies, workers, unit)
     if key not in mask.plans:
-        mask.plans[key] = _block_plan(mask, rows, copies, workers)
+        mask.plans[key] = _block_plan(mask, rows, copies, workers, unit)
     return mask.plans[key]
 
 
-def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int) -> BlockPlan:
+def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
     ptr, col, length, content = mask.host_runs()
     patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1
     per = rows // TILE
@@ -75,14 +77,14 @@ def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int) -> Block
         content = content[:, None]
     total = patterns * blocks
     full = (content == FULL).all(1)
-    run_col, run_len = _longest_runs(block, col, length, full, total)
+    run_col, run_len = _longest_runs(block, col, length, full, total, unit)
     step_block, steps = _partial_steps(block, col, length, content, full, run_col, run_len)
     n_part = np.bincount(step_block, minlength=total)
     first_part = np.cumsum(n_part) - n_part
     cost = run_len + _PARTIAL_COST * n_part + _ITEM_COST
     pieces = _pieces(cost, copies / patterns, workers)
     items, merges, slots = _items(
-        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks
+        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks, max(unit, 1)
     )
     device = mask.device
     return BlockPlan(rows, *(_upload(x, device) for x in (items, steps, merges)), slots)
@@ -107,7 +109,7 @@ def _joined(
 
 
 def _longest_runs(
-    block: np.ndarray, col: np.ndarray, length: np.ndarray, full: np.ndarray, total: int
+    block: np.ndarray, col: np.ndarray, length: np.ndarray, full: np.ndarray, total: int, unit: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """First tile and length of each block's longest run of full tiles."""
     block, col, length = block[full], col[full], length[full]
@@ -120,7 +122,7 @@ def _longest_runs(
     best_col, best_len = np.zeros(total, np.int64), np.zeros(total, np.int64)
     # Ascending by length within a block: the last assignment, the longest, stays.
     best_col[run_block[order]], best_len[run_block[order]] = run_col[order], run_len[order]
-    return best_col, best_len
+    return best_col, best_len // unit * unit if unit else np.zeros_like(best_len)
 
 
 def _partial_steps(
@@ -148,13 +150,15 @@ def _partial_steps(
 
 def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
     """Into how many pieces each block is split: no piece should outlast an even share by much."""
-    share = max(cost.sum() * copies / workers, _LEAST_PIECE)
-    return np.where(cost > 1.5 * share, np.ceil(cost / share), 1).astype(np.int64)
+    share = max(cost.sum() * copies / workers, _LEAST_SHARE)
+    split = (cost > 1.25 * share) | (cost > share + 20)
+    pieces = np.rint(cost / max(share / 2, _LEAST_PIECE))
+    return np.where(split, np.maximum(pieces, 2), 1).astype(np.int64)
 
 
 def _items(
     pieces: np.ndarray, cost: np.ndarray, run_col: np.ndarray, run_len: np.ndarray,
-    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int,
+    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int, unit: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
     of = np.repeat(np.arange(len(pieces)), pieces)
     index = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -163,7 +167,8 @@ def _items(
     def cut(total: np.ndarray, at: np.ndarray) -> np.ndarray:
         return total * at // n
 
-    full_a, full_b = cut(run_len[of], index), cut(run_len[of], index + 1)
+    groups = run_len[of] // unit
+    full_a, full_b = cut(groups, index) * unit, cut(groups, index + 1) * unit
     part_a, part_b = cut(n_part[of], index), cut(n_part[of], index + 1)
     split = n > 1
     pattern = of // blocks
@@ -187,6 +192,15 @@ def _items(
         first = np.flatnonzero(mine & split & (index == 0))
         merges[p, : len(first)] = np.stack([of % blocks, slot, n], 1)[first]
     return items, merges, slots
+
+
+def run_share(mask: SparseMask) -> float:
+    """Share of the mask's tiles that lie in runs of at least 8 full ones."""
+    if "run_share" not in mask.plans:
+        _, _, length, content = mask.host_runs()
+        in_runs = length[(content == FULL) & (length >= 8)].sum()
+        mask.plans["run_share"] = float(in_runs / max(1, length.sum()))
+    return mask.plans["run_share"]
 
 
 def tile_table(mask: SparseMask) -> torch.Tensor:
@@ -258,4 +272,4 @@ def device_block_plan(mask: SparseMask) -> BlockPlan:
 
 
 def _upload(x: np.ndarray, device: torch.device) -> torch.Tensor:
-    return bits.upload(torch.from_numpy(np.ascontiguousarray(x, np.int32)), device)
+    return upload(torch.from_numpy(np.ascontiguousarray(x, np.int32)), device)

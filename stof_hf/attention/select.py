@@ -42,17 +42,20 @@ def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:
     """
     if mask.is_view or q.shape[2] <= DECODE_ROWS:
         return True
-    return q.dtype == torch.float32 and dim > 128
+    return q.dtype == torch.float32 and dim > (128 if has_much_shared_memory(q.device) else 64)
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Of the block-wise kernel: query rows and warps of a block, pipeline stages, and the blocks
-    that the device runs at once."""
+    """Of the block-wise kernel: query rows and warps of a block, pipeline stages, key tiles a step
+    of a run of full tiles covers (0: such tiles are listed like the others), the most registers of
+    a thread (None: what the compiler likes), and the blocks that the device runs at once."""
 
     rows: int
     warps: int
     stages: int
+    unit: int
+    registers: int | None
     workers: int
 
 
@@ -66,10 +69,31 @@ class RowConfig:
     keys_per_split: int
 
 
-def block_config(q: torch.Tensor, dim: int, mask: SparseMask) -> BlockConfig:
-    """Tile sizes of the Triton block-wise kernel, for a head size padded to `dim`."""
-    stages = 1 if dim > 128 or (q.dtype == torch.float32 and dim > 64) else 2
-    return BlockConfig(64, 4, stages, 2 * multiprocessors(q.device))
+def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
+    """Tile sizes of the Triton block-wise kernel, measured on an H200.
+
+    Args:
+        dim: head size padded to a power of 2.
+        runs: share of the mask's tiles that lie in long runs of full ones.
+    """
+    batch, heads, q_len, _ = q.shape
+    processors = multiprocessors(q.device)
+    if q.dtype == torch.float32:
+        return BlockConfig(64, 4, 2 if dim <= 64 else 1, 0, None, 2 * processors)
+    if dim > 128:
+        stages = 2 if has_much_shared_memory(q.device) else 1
+        return BlockConfig(64, 8, stages, 0, None, processors)
+    wide_blocks = batch * heads * (q_len // 128)
+    runs = runs if has_much_shared_memory(q.device) else 0.0
+    if runs > 0.6 and dim == 128 and wide_blocks >= 4 * processors:
+        return BlockConfig(128, 8, 3, 2, None, processors)
+    if runs > 0.6 and dim <= 64:
+        if wide_blocks >= 8 * processors:
+            return BlockConfig(128, 8, 3, 1, 128, 2 * processors)
+        return BlockConfig(64, 4, 3, 1, None, 3 * processors)
+    if dim == 128:
+        return BlockConfig(64, 4, 2, 0, None, 2 * processors)
+    return BlockConfig(64, 4, 2, 0, 128, 4 * processors)
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
@@ -83,6 +107,14 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     splits = max(1, min(wanted, kv_len // 128, 128))
     keys_per_split = -(-kv_len // splits // keys) * keys
     return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split)
+
+
+@lru_cache
+def has_much_shared_memory(device: torch.device) -> bool:
+    """Whether a block of a CUDA device may use the 227 KB of an H100 or H200."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin >= 227 << 10
 
 
 @lru_cache

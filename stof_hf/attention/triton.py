@@ -14,11 +14,12 @@ import torch
 import triton
 
 from ..masks.cache import mask_for
+from ..masks.device import keep
 from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
 from . import select
 from . import triton_kernels as kernels
-from .plan import block_plan, device_block_plan, device_tile_table, tile_table
+from .plan import block_plan, device_block_plan, device_tile_table, run_share, tile_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
@@ -62,7 +63,7 @@ def forward(
         capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         on_device = capturing or "host_runs" not in mask.plans
         make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
-        call = make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
+        call = keep(lambda: make(q, k, v, mask, bias, sinks, scale, softcap, on_device), q.device)
         # A mask used with ever new shapes must not keep them all; what a capture computes belongs
         # to its graph.
         if len(calls) >= 256:
@@ -77,31 +78,37 @@ def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
 
 
 class _Kernel:
-    """A kernel launch with everything fixed but its tensors.
+    """A kernel launch with everything fixed but the tensors that come first among its arguments.
 
     Triton specialises on whether pointers are multiples of 16: the compiled kernel is reused only
     for tensors that are, as those of its first launch were.
     """
 
-    def __init__(self, fn: Any, grid: tuple[int, ...], rest: tuple[Any, ...], **options: int):
-        self.fn, self.rest, self.options = fn, rest, options
+    def __init__(
+        self, fn: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...],
+        rest: tuple[Any, ...], **options: Any,
+    ):  # fmt: skip
+        self.fn, self.tensors, self.rest, self.options = fn, tensors, rest, options
         self.grid = (*grid, 1, 1)[:3]
+        self.fixed = (*(t.data_ptr() for t in tensors), *rest)
         self.compiled: Any = None
 
-    def __call__(self, *tensors: torch.Tensor, aligned: bool) -> None:
-        if self.compiled is not None and aligned:
-            self.compiled[self.grid](*tensors, *self.rest)
+    def __call__(self, *tensors: torch.Tensor, starts: tuple[int | torch.Tensor, ...] = ()) -> None:
+        pointers = [t.data_ptr() for t in tensors]
+        union = 0
+        for pointer in pointers:
+            union |= pointer
+        # Numbers among the starts are part of what the call was prepared for.
+        for start in starts:
+            pointers.append(start if isinstance(start, int) else start.data_ptr())
+            union |= 0 if isinstance(start, int) else pointers[-1]
+        if self.compiled is not None and union % 16 == 0:
+            self.compiled[self.grid](*pointers, *self.fixed)
             return
-        compiled = self.fn[self.grid](*tensors, *self.rest, **self.options)
-        if aligned:
+        everything = (*tensors, *starts, *self.tensors, *self.rest)
+        compiled = self.fn[self.grid](*everything, **self.options)
+        if union % 16 == 0:
             self.compiled = compiled
-
-
-def _aligned(*tensors: torch.Tensor) -> bool:
-    bits = 0
-    for t in tensors:
-        bits |= t.data_ptr()
-    return bits % 16 == 0
 
 
 def _strides(x: torch.Tensor, keep: int) -> tuple[int, ...]:
@@ -165,11 +172,12 @@ class _BlockCall(_Common):
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks)
         copies = self.batch * self.heads
-        config = select.block_config(q, _padded(q, v), mask)
         if on_device:
+            config = select.block_config(q, _padded(q, v), 0.0)
             plan = device_block_plan(mask)
         else:
-            plan = block_plan(mask, config.rows, copies, config.workers)
+            config = select.block_config(q, _padded(q, v), run_share(mask))
+            plan = block_plan(mask, config.rows, copies, config.workers, config.unit)
         self.plan, self.split = plan, plan.slots > 0
         n_items = plan.items.shape[1]
         per_head = (
@@ -185,18 +193,21 @@ class _BlockCall(_Common):
         )  # fmt: skip
         constants = (
             self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, plan.rows,
+            config.unit,
             self.split, len(mask.row_ptr) > 1, has_valid, softcap > 0,
             bias is not None, has_sinks, simple, config.stages, INTERPRETED,
         )  # fmt: skip
         self.main = _Kernel(
-            kernels.block_kernel, grid, numbers + constants,
-            num_warps=config.warps, num_stages=config.stages,
+            kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
+            numbers + constants,
+            num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
         if self.split:
             merges = plan.merges.shape[1]
             cut = 16
             self.merge = _Kernel(
                 kernels.merge_kernel, (merges * (plan.rows // cut), copies),
+                (plan.merges, mask.pattern_id),
                 (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
                  self.bdv, plan.rows, cut, has_sinks),
                 num_warps=4,
@@ -213,15 +224,9 @@ class _BlockCall(_Common):
             part = torch.empty(n, plan.rows, self.bdv, dtype=torch.float32, device=q.device)
             part_ml = torch.empty(n, 2, plan.rows, dtype=torch.float32, device=q.device)
         valid, bias, sinks = self.optional(mask, bias, sinks, lse)
-        aligned = _aligned(q, k, v, valid, bias, sinks)
-        self.main(
-            q, k, v, out, lse, part, part_ml, plan.items, plan.steps, self.words, mask.pattern_id,
-            valid, bias, sinks, aligned=aligned,
-        )  # fmt: skip
+        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks)
         if self.split:
-            self.merge(
-                out, lse, part, part_ml, plan.merges, mask.pattern_id, sinks, aligned=aligned
-            )
+            self.merge(out, lse, part, part_ml, sinks)
         return out, lse
 
 
@@ -241,7 +246,7 @@ class _RowCall(_Common):
         self.take, self.splits = config.take, config.splits
         self.takes = triton.cdiv(self.q_len, self.take)
         starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
-        has_sinks = sinks is not None
+        has_sinks, patterns = sinks is not None, len(self.table) > 1
         numbers = (
             *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, self.q_len,
             self.kv_len, tile_rows, tile_cols, config.keys_per_split, self.splits, float(scale),
@@ -249,17 +254,23 @@ class _RowCall(_Common):
         )  # fmt: skip
         constants = (
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
-            max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1, True,
-            mask.pattern != _PATTERN, *starts, mask.kv_valid is not None, softcap > 0,
-            bias is not None, has_sinks, 2, INTERPRETED,
+            max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1,
+            mask.pattern != _PATTERN, self.q_len == 1 and not patterns, patterns,
+            *starts, mask.kv_valid is not None, softcap > 0, bias is not None, has_sinks, 2,
+            INTERPRETED,
         )  # fmt: skip
         grid = (self.takes * self.splits, self.batch * self.kv_heads)
         self.main = _Kernel(
-            kernels.row_kernel, grid, numbers + constants, num_warps=4, num_stages=2
+            kernels.row_kernel,
+            grid,
+            (self.table, self.words, mask.pattern_id),
+            numbers + constants,
+            num_warps=4,
+            num_stages=2,
         )
         if self.splits > 1:
             self.merge = _Kernel(
-                kernels.row_merge_kernel, (self.q_len, self.batch * self.heads),
+                kernels.row_merge_kernel, (self.q_len, self.batch * self.heads), (),
                 (self.heads, self.q_len, self.splits, self.take, self.v_dim, self.bdv,
                  triton.next_power_of_2(self.splits), has_sinks),
                 num_warps=4,
@@ -277,12 +288,7 @@ class _RowCall(_Common):
             part_ml = torch.empty(2 * n, dtype=torch.float32, device=q.device)
         valid, bias, sinks = self.optional(mask, bias, sinks, lse)
         starts = (mask.row_start, mask.col_start)
-        on_device = [s for s in starts if isinstance(s, torch.Tensor)]
-        aligned = _aligned(q, k, v, valid, bias, sinks, *on_device)
-        self.main(
-            q, k, v, out, lse, part, part_ml, self.table, self.words, mask.pattern_id, valid, bias,
-            sinks, *starts, aligned=aligned,
-        )  # fmt: skip
+        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks, starts=starts)
         if self.splits > 1:
-            self.merge(out, lse, part, part_ml, sinks, aligned=aligned)
+            self.merge(out, lse, part, part_ml, sinks)
         return out, lse

@@ -36,11 +36,14 @@ def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
 
 
 @triton.jit
-def _accumulate(x, v, m, l, acc, INTERPRETED: tl.constexpr):
-    """One step of online softmax: x are base-2 scores, minus infinity where masked."""
-    m_new = tl.maximum(m, tl.max(x, 1))
+def _accumulate(s, v, m, l, acc, factor, INTERPRETED: tl.constexpr):
+    """One step of online softmax: s * factor are base-2 scores, minus infinity where masked.
+
+    The scale stays in the exponent: one fused multiply-add an element.
+    """
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(x - base[:, None])
+    p = tl.exp2(s * factor - base[:, None])
     alpha = tl.exp2(m - base)
     l = l * alpha + tl.sum(p, 1)
     acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], INTERPRETED)
@@ -63,32 +66,29 @@ def _finish(acc, m, l, sink, SINKS: tl.constexpr):
 
 
 @triton.jit
-def _step(steps_ptr, i, n_full, total, first_tile, WIDTH: tl.constexpr):
-    """Key tile of step i, and what the bitmaps of its lower and upper 64 rows are."""
-    listed = (i >= n_full) & (i < total)
+def _step(steps_ptr, words_ptr, i, count, upper, row_lane, WIDTH: tl.constexpr):
+    """Of step i: key tile, whether it has a bitmap, and the two halves of each row's word."""
     step = steps_ptr + i * WIDTH
-    tile = tl.load(step, mask=listed, other=first_tile + i)
-    low = tl.load(step + 1, mask=listed, other=-1)
-    high = low
+    tile = tl.load(step, mask=i < count, other=0)
+    bits = tl.load(step + 1, mask=i < count, other=-1)
+    masked = bits != -1
     if WIDTH == 3:
-        high = tl.load(step + 2, mask=listed, other=-1)
-    return tile, low, high
-
-
-@triton.jit
-def _words(words_ptr, low_bits, high_bits, upper, row_lane):
-    """The two halves of each row's word of a tile."""
-    bits = tl.where(upper, high_bits, low_bits)
+        above = tl.load(step + 2, mask=i < count, other=-1)
+        masked = masked | (above != -1)
+        bits = tl.where(upper, above, bits)
+    else:
+        bits = tl.zeros_like(row_lane) + bits
     place = words_ptr + (bits.to(tl.int64) * 64 + row_lane) * 2
     whole = tl.where(bits == -1, -1, 0)
     low = tl.load(place, mask=bits >= 0, other=whole)
-    return low, tl.load(place + 1, mask=bits >= 0, other=whole)
+    return tile, masked, low, tl.load(place + 1, mask=bits >= 0, other=whole)
 
 
 @triton.jit
 def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
     if not INTERPRETED:
-        # A volatile move keeps the compiler from turning the branch around this into selects.
+        # A volatile move keeps the branch around this: without it, the tests of all bits are made
+        # before the product is there, and their results packed and unpacked.
         low = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [low], tl.int32, False, 1)
     word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
     return tl.where((word & column_bit) != 0, s, float("-inf"))
@@ -97,14 +97,14 @@ def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
 @triton.jit
 def block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
-    items_ptr, steps_ptr, words_ptr, pattern_ptr, valid_ptr, bias_ptr, sinks_ptr,
+    valid_ptr, bias_ptr, sinks_ptr, items_ptr, steps_ptr, words_ptr, pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
     pattern_b, pattern_h, valid_b, heads, copies, q_len, kv_len, n_items, slots,
     scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr, VALID: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, SIMPLE: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
+    VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
+    SIMPLE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
@@ -144,38 +144,53 @@ def block_kernel(
     if VALID:
         valid_ptr += b * valid_b
     q_ptrs = q_ptr + offs_m[:, None].to(tl.int64) * q_s + offs_d[None, :]
-    q_mask = rows_in[:, None]
-    if BD != D:
-        q_mask = q_mask & (offs_d[None, :] < D)
-    q = tl.load(q_ptrs, mask=q_mask, other=0.0)
+    # Known to be true where no padding of the head size is needed.
+    d_in = offs_d < D
+    dv_in = offs_dv < DV
+    q = tl.load(q_ptrs, mask=rows_in[:, None] & d_in[None, :], other=0.0)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
-    log2_scale = scale * LOG2E
-    WIDTH: tl.constexpr = 1 + ROWS // 64
 
-    # Steps: the full run, which has no bitmaps and by the format's contract no key beyond the last,
-    # then tiles with one 64-bit word for each row. What a step needs to know is loaded ahead: its
-    # tile and bitmap index two steps before its use, its words one step before.
-    total = n_full + n_part
-    steps_ptr += (first_step - n_full) * WIDTH
+    factor = scale * LOG2E if SIMPLE else 1.0
+
+    # What a listed step needs to know is loaded one step ahead.
+    WIDTH: tl.constexpr = 1 + ROWS // 64
+    steps_ptr += first_step * WIDTH
     row_lane = tl.arange(0, ROWS) % 64
     upper = tl.arange(0, ROWS) >= 64
-    column_bit = (tl.full([64], 1, tl.int32) << (lane & 31))[None, :]
+    tile, masked, low, high = _step(steps_ptr, words_ptr, 0, n_part, upper, row_lane, WIDTH)
+
+    if UNIT > 0:
+        # The full run, UNIT tiles a step: no bitmaps, and by the format's contract no key beyond
+        # the last.
+        WIDE: tl.constexpr = 64 * UNIT
+        wide = tl.arange(0, WIDE)
+        for i in tl.range(0, n_full // UNIT, num_stages=STAGES):
+            start = first_tile + i * UNIT
+            first_key = start.to(tl.int64) * 64
+            k_tile = k_ptr + first_key * k_s + (wide[None, :] * k_s + offs_d[:, None])
+            k = tl.load(k_tile, mask=d_in[:, None], other=0.0)
+            s = _dot(q, k, tl.zeros([ROWS, WIDE], tl.float32), INTERPRETED)
+            n = start * 64 + wide
+            if not SIMPLE:
+                s = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None], scale,
+                            softcap, SOFTCAP, BIAS)  # fmt: skip
+            if VALID:
+                w = tl.load(valid_ptr + (n >> 5))
+                s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))
+            v_tile = v_ptr + first_key * v_s + (wide[:, None] * v_s + offs_dv[None, :])
+            v = tl.load(v_tile, mask=dv_in[None, :], other=0.0)
+            m, l, acc = _accumulate(s, v, m, l, acc, factor, INTERPRETED)
+
+    # Listed tiles, with one 64-bit word for each row.
     k_offs = lane[None, :] * k_s + offs_d[:, None]
     v_offs = lane[:, None] * v_s + offs_dv[None, :]
-    tile, low_bits, high_bits = _step(steps_ptr, 0, n_full, total, first_tile, WIDTH)
-    masked = (low_bits != -1) | (high_bits != -1)
-    low, high = _words(words_ptr, low_bits, high_bits, upper, row_lane)
-    for i in tl.range(0, total, num_stages=STAGES):
+    column_bit = (tl.full([64], 1, tl.int32) << (lane & 31))[None, :]
+    for i in tl.range(0, n_part, num_stages=STAGES):
         first_key = tile.to(tl.int64) * 64
         keys_in = lane < kv_len - tile * 64
-        k_mask = keys_in[None, :]
-        v_mask = keys_in[:, None]
-        if BD != D:
-            k_mask = k_mask & (offs_d[:, None] < D)
-        if BDV != DV:
-            v_mask = v_mask & (offs_dv[None, :] < DV)
+        k_mask = keys_in[None, :] & d_in[:, None]
         k = tl.load(k_ptr + first_key * k_s + k_offs, mask=k_mask, other=0.0)
         s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
         n = tile * 64 + lane
@@ -187,19 +202,10 @@ def block_kernel(
         if VALID:
             w = tl.load(valid_ptr + (n >> 5), mask=keys_in, other=0)
             s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))
+        v_mask = keys_in[:, None] & dv_in[None, :]
         v = tl.load(v_ptr + first_key * v_s + v_offs, mask=v_mask, other=0.0)
-        # With SIMPLE the scale is part of the exponent: one fused multiply-add an element.
-        factor = log2_scale if SIMPLE else 1.0
-        m_new = tl.maximum(m, tl.max(s, 1) * factor)
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * factor - base[:, None])
-        alpha = tl.exp2(m - base)
-        l = l * alpha + tl.sum(p, 1)
-        tile, low_bits, high_bits = _step(steps_ptr, i + 1, n_full, total, first_tile, WIDTH)
-        masked = (low_bits != -1) | (high_bits != -1)
-        low, high = _words(words_ptr, low_bits, high_bits, upper, row_lane)
-        acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], INTERPRETED)
-        m = m_new
+        tile, masked, low, high = _step(steps_ptr, words_ptr, i + 1, n_part, upper, row_lane, WIDTH)
+        m, l, acc = _accumulate(s, v, m, l, acc, factor, INTERPRETED)
 
     if SPLIT:
         if slot >= 0:
@@ -223,7 +229,7 @@ def block_kernel(
 
 @triton.jit
 def merge_kernel(
-    out_ptr, lse_ptr, part_ptr, part_ml_ptr, merges_ptr, pattern_ptr, sinks_ptr,
+    out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, merges_ptr, pattern_ptr,
     pattern_b, pattern_h, heads, q_len, n_merges, slots,
     DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -274,20 +280,21 @@ def merge_kernel(
 @triton.jit
 def row_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
-    table_ptr, words_ptr, pattern_ptr, valid_ptr, bias_ptr, sinks_ptr, row_start, col_start,
+    valid_ptr, bias_ptr, sinks_ptr, row_start, col_start, table_ptr, words_ptr, pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
     pattern_b, pattern_h, valid_b, heads, q_len, kv_len, tile_rows, tile_cols, keys_per_split,
     splits, scale, softcap,
     GROUP: tl.constexpr, TAKE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    MASK: tl.constexpr, SKIP: tl.constexpr, ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr,
-    VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    MASK: tl.constexpr, ONE_ROW: tl.constexpr, PATTERNS: tl.constexpr,
+    ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr, VALID: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """TAKE query rows of all GROUP heads that share a key head, against one range of keys.
 
     The row of each element is looked up in the tile table, so the view may begin at any row and
-    column. With SKIP, key blocks that no row may see are not loaded.
+    column; with ONE_ROW all elements share one row. Key blocks that no row may see are not loaded.
     """
     part_id = tl.program_id(0)
     kv_heads = heads // GROUP
@@ -313,19 +320,26 @@ def row_kernel(
     k_ptr += b64 * k_b + hk64 * k_h
     v_ptr += b64 * v_b + hk64 * v_h
     if MASK:
-        row = offs_m.to(tl.int64)
-        if ROW_TENSOR:
-            row += tl.load(row_start)
-        else:
-            row += row_start
         col = tl.zeros([BN], tl.int64)
         if COL_TENSOR:
             col += tl.load(col_start)
         else:
             col += col_start
-        pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h, mask=rows_in, other=0)
-        stored = rows_in & (row < tile_rows * 64)
-        table_rows = table_ptr + (pattern * tile_rows + (row >> 6)) * tile_cols
+        if ONE_ROW:
+            row = tl.zeros([1], tl.int64)
+            of_row = tl.full([1], 1, tl.int1)
+        else:
+            row = offs_m.to(tl.int64)
+            of_row = rows_in
+        if ROW_TENSOR:
+            row += tl.load(row_start)
+        else:
+            row += row_start
+        table_rows = table_ptr + (row >> 6) * tile_cols
+        if PATTERNS:
+            pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h, mask=rows_in, other=0)
+            table_rows += pattern * tile_rows * tile_cols
+        stored = of_row & (row < tile_rows * 64)
         row_word = (row & 63) * 2
     if BIAS:
         bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
@@ -351,10 +365,7 @@ def row_kernel(
             word = tl.load(place, mask=tile >= 0, other=0)
             bit = ((word >> (c & 31).to(tl.int32)[None, :]) & 1) != 0
             seen = seen & ((tile == -1) | bit)
-        go = True
-        if SKIP:
-            go = tl.max(seen.to(tl.int32)) > 0
-        if go:
+        if tl.max(seen.to(tl.int32)) > 0:
             n64 = n.to(tl.int64)
             k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None],
                         mask=keys_in[None, :] & (offs_d[:, None] < D), other=0.0)  # fmt: skip
@@ -370,7 +381,7 @@ def row_kernel(
             x = tl.where(seen, s * LOG2E, float("-inf"))
             v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :],
                         mask=keys_in[:, None] & (offs_dv[None, :] < DV), other=0.0)  # fmt: skip
-            m, l, acc = _accumulate(x, v, m, l, acc, INTERPRETED)
+            m, l, acc = _accumulate(x, v, m, l, acc, 1.0, INTERPRETED)
     if SPLIT:
         # Slots follow merge_kernel's layout: heads, then the splits of one block of rows.
         at = ((b64 * heads + h) * tl.cdiv(q_len, TAKE) + take) * splits + split

@@ -3,8 +3,6 @@
 import torch
 import torch.nn.functional as F
 
-from ..errors import MaskError
-
 TILE = 64
 # Multiplying eight 0/1 bytes by this constant gathers them into the top byte of the product.
 _GATHER = 0x0102040810204080
@@ -13,21 +11,6 @@ _GATHER = 0x0102040810204080
 def words_per(length: int) -> int:
     """Number of 64-bit words (tiles) that hold `length` bits."""
     return -(-length // TILE)
-
-
-def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on `device`, copied there without synchronising.
-
-    Raises MaskError while a CUDA graph is captured: replays would read freed host memory.
-    """
-    if device.type != "cuda" or x.device.type != "cpu":
-        return x.to(device)
-    if torch.cuda.is_current_stream_capturing():
-        raise MaskError(
-            "a mask cannot be built while a CUDA graph is captured: run the same call once before "
-            "the capture (a warm-up, which CUDA graphs need anyway), with the mask kept between"
-        )
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def pack(x: torch.Tensor) -> torch.Tensor:

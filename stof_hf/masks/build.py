@@ -18,6 +18,7 @@ from ..errors import MaskError
 from . import bits
 from .bits import TILE
 from .blocks import BlockMaskPattern
+from .device import upload
 from .given import check_dense
 from .intervals import Intervals
 from .pattern import Pattern, Rows, whole
@@ -70,9 +71,7 @@ def build(
         kv_len=kv_len,
     )
     touched, full = rows.structure_of(bound)
-    inner = kv_len // TILE
-    full = Intervals(np.minimum(full.lo, inner), np.minimum(full.hi, inner), rows.tiles)
-    full = full & rows.all()
+    full = full.below(kv_len // TILE)
     tiles = _evaluate(bound, rows, *touched.minus(full).tiles(), device)
     return _assemble(
         rows, full, tiles, (batch, heads), q_len, padding, device,
@@ -318,13 +317,24 @@ def _assemble(
     blocks[content >= 0] = tiles.occupied[content[content >= 0]]
     of_all = shape[0] * shape[1] * -(-q_len // 16) * -(-rows.kv_len // 16)
     plans = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
-    arrays = [bits.upload(torch.from_numpy(a.astype(np.int32)), device) for a in host]
+    arrays = _upload_together(host, device)
     mask = SparseMask(
-        q_len, rows.kv_len, *arrays, tile_bits=bits.upload(tiles.words, device),
+        q_len, rows.kv_len, *arrays, tile_bits=upload(tiles.words, device),
         q_offset=q_offset, kv_offset=kv_offset, pattern=pattern, plans=plans,
     )  # fmt: skip
     PLANS[mask.tile_bits] = plans
     return mask if padding is None else mask.with_padding(padding)
+
+
+def _upload_together(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:
+    """The arrays as int32 tensors on `device`: one copy, of which they are aligned parts."""
+    sizes = [-(-a.size // 16) * 16 for a in arrays]
+    joined = np.zeros(sum(sizes), np.int32)
+    ends = np.cumsum(sizes)
+    for a, size, end in zip(arrays, sizes, ends, strict=True):
+        joined[end - size : end - size + a.size] = a.reshape(-1)
+    parts = upload(torch.from_numpy(joined), device).split(sizes)
+    return [p[: a.size].view(a.shape) for p, a in zip(parts, arrays, strict=True)]
 
 
 def _distinct(

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 
 from .as_tensor import FEW_ROWS
+from .device import keep
 from .pattern import Pattern
 from .sparse_mask import SparseMask
 
@@ -21,8 +22,9 @@ _LEAST_POSITIONS = 4096
 def _built(
     pattern: Pattern, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device
 ) -> SparseMask:
-    return SparseMask.from_pattern(
-        pattern, q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device
+    offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
+    return keep(
+        lambda: SparseMask.from_pattern(pattern, q_len, kv_len, **offsets, device=device), device
     )
 
 

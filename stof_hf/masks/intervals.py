@@ -1,64 +1,93 @@
 """Sets of tile intervals, one set a row, as the builder's closed-form view of a mask.
 
-An `Intervals` holds for N rows up to K disjoint half-open intervals [lo, hi) in ascending order,
-as two int64 arrays [N, K]; an empty interval has lo >= hi. Set operations are sweeps over the
-sorted endpoints, vectorised over the rows.
+An `Intervals` holds for N rows up to K disjoint half-open intervals [lo, hi), as two int32 arrays
+[N, K]; an empty interval has lo >= hi. Set operations are sweeps over the sorted endpoints,
+vectorised over the rows.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+#: Up to this many pairs of intervals a row are intersected one by one rather than by a sweep.
+_FEW = 32
+
 
 class Intervals:
     """N interval sets over the tiles [0, limit)."""
 
     def __init__(self, lo: np.ndarray, hi: np.ndarray, limit: int):
-        lo, hi = np.minimum(np.maximum(lo, 0), limit), np.minimum(np.maximum(hi, 0), limit)
+        lo, hi = (
+            np.minimum(np.maximum(x, 0), limit).astype(np.int32, copy=False) for x in (lo, hi)
+        )
         if lo.ndim == 1:
             lo, hi = lo[:, None], hi[:, None]
         self.lo, self.hi, self.limit = lo, hi, limit
+        # Whether the intervals are in order, empty ones last.
+        self._ascending = False
 
     @classmethod
     def all(cls, rows: int, limit: int) -> Intervals:
-        return cls(np.zeros(rows, np.int64), np.full(rows, limit, np.int64), limit)
+        return cls(np.zeros(rows, np.int32), np.full(rows, limit, np.int32), limit)
 
     @classmethod
     def none(cls, rows: int, limit: int) -> Intervals:
-        return cls(np.zeros(rows, np.int64), np.zeros(rows, np.int64), limit)
+        return cls(np.zeros(rows, np.int32), np.zeros(rows, np.int32), limit)
 
-    def _covered(self, others: list[Intervals], need: int) -> Intervals:
-        """Where at least `need` of the sets (self and others) hold."""
-        lo = np.concatenate([s.lo for s in (self, *others)], axis=1)
-        hi = np.concatenate([s.hi for s in (self, *others)], axis=1)
+    def _covered(self, other: Intervals, need: int) -> Intervals:
+        """Where at least `need` of the two sets hold."""
+        lo = np.concatenate([self.lo, other.lo], axis=1)
+        hi = np.concatenate([self.hi, other.hi], axis=1)
         # One sort of 2 * endpoint + (1 at ends) orders the endpoints and says which kind each is.
         events = np.concatenate([2 * lo, 2 * np.maximum(lo, hi) + 1], axis=1)
         events.sort(axis=1)
         points, ends = events >> 1, events & 1
-        depth = np.cumsum(1 - 2 * ends, axis=1)
+        depth = np.cumsum(1 - 2 * ends, axis=1, dtype=np.int32)
         keep = (depth[:, :-1] >= need) & (points[:, :-1] < points[:, 1:])
         return self._compact(points[:, :-1], points[:, 1:], keep)
 
     def _compact(self, lo: np.ndarray, hi: np.ndarray, keep: np.ndarray) -> Intervals:
         """Drop what is not kept of ascending intervals; the gaps end as empty ones at the limit."""
-        width = max(1, int(keep.sum(axis=1).max(initial=0)))
-        lo, hi = np.where(keep, lo, self.limit), np.where(keep, hi, self.limit)
-        lo.sort(axis=1)
-        hi.sort(axis=1)
-        return Intervals(lo[:, :width], hi[:, :width], self.limit)
+        count = np.count_nonzero(keep, axis=1)
+        width = max(1, int(count.max(initial=0)))
+        held = np.arange(width) < count[:, None]
+        out = np.full((2, len(keep), width), self.limit, np.int32)
+        out[0, held], out[1, held] = lo[keep], hi[keep]
+        made = Intervals(out[0], out[1], self.limit)
+        made._ascending = True
+        return made
+
+    def ascending(self) -> Intervals:
+        """The same sets with their intervals in order, empty ones last."""
+        return self if self._ascending else self._covered(self.none(len(self.lo), self.limit), 1)
+
+    def below(self, limit: int) -> Intervals:
+        """The tiles below `limit`, in order."""
+        out = self.ascending()
+        cut = Intervals(np.minimum(out.lo, limit), np.minimum(out.hi, limit), self.limit)
+        cut._ascending = True
+        return cut
 
     def __and__(self, other: Intervals) -> Intervals:
-        return self._covered([other], 2)
+        pairs = self.lo.shape[1] * other.lo.shape[1]
+        if pairs > _FEW:
+            return self._covered(other, 2)
+        lo = np.maximum(self.lo[:, :, None], other.lo[:, None]).reshape(-1, pairs)
+        hi = np.minimum(self.hi[:, :, None], other.hi[:, None]).reshape(-1, pairs)
+        held = (lo < hi).any(axis=0)
+        held[0] = True
+        return Intervals(lo[:, held], hi[:, held], self.limit)
 
     def __or__(self, other: Intervals) -> Intervals:
-        return self._covered([other], 1)
+        return self._covered(other, 1)
 
     def __invert__(self) -> Intervals:
-        merged = self._compact(self.lo, self.hi, self.lo < self.hi)
-        n = len(merged.lo)
-        starts = np.concatenate([np.zeros((n, 1), np.int64), merged.hi], axis=1)
-        ends = np.concatenate([merged.lo, np.full((n, 1), self.limit, np.int64)], axis=1)
-        return self._compact(starts, ends, starts < ends)
+        merged = self.ascending()
+        edge = np.zeros((len(merged.lo), 1), np.int32)
+        starts = np.concatenate([edge, merged.hi], axis=1)
+        ends = np.concatenate([merged.lo, edge + self.limit], axis=1)
+        # A gap of length 0 is an empty interval wherever it stands.
+        return Intervals(starts, ends, self.limit)
 
     def minus(self, other: Intervals) -> Intervals:
         return self & ~other
@@ -71,9 +100,10 @@ class Intervals:
         return out
 
     def pieces(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All non-empty intervals as (row, lo, length), rows ascending."""
+        """All non-empty intervals as (row, lo, length) in int64, rows ascending."""
         row, k = np.nonzero(self.lo < self.hi)
-        return row, self.lo[row, k], self.hi[row, k] - self.lo[row, k]
+        lo = self.lo[row, k].astype(np.int64)
+        return row, lo, self.hi[row, k] - lo
 
     def tiles(self) -> tuple[np.ndarray, np.ndarray]:
         """All tiles of all sets as (row, tile)."""

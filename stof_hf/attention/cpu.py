@@ -20,6 +20,7 @@ import torch
 from ..errors import BuildError, MaskError, StofWarning
 from ..masks.sparse_mask import SparseMask
 from . import blocked, jit
+from .checks import check
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLAGS = (
@@ -58,10 +59,9 @@ def forward(
     Returns out [B, Sq, H, Dv] in q's dtype and lse fp32 [B, H, Sq]. A row without a key gives
     zeros; keys that a row may not attend to cannot change it, not even by NaN or infinity.
 
-    The caller has checked shapes and dtypes (`op.check`).
-
-    Raises MaskError where a view begins outside its mask.
+    Raises what `check` raises, and MaskError where a view begins outside its mask.
     """
+    check(q, k, v, mask, bias, sinks)
     batch, heads, q_len, head_dim = q.shape
     kv_heads, kv_len, value_dim = v.shape[1:]
     if mask is not None:

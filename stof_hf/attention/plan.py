@@ -24,6 +24,7 @@ EMPTY = -2
 _PARTIAL_COST, _ITEM_COST = 1.3, 2.0
 #: No share of the work is thought smaller than this, and no item is cut into smaller pieces.
 _LEAST_SHARE, _LEAST_PIECE = 8.0, 28.0
+TF, OV = 0.5, 6
 
 
 @dataclass(frozen=True)
@@ -151,9 +152,9 @@ def _partial_steps(
 def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
     """Into how many pieces each block is split: no piece should outlast an even share by much."""
     share = max(cost.sum() * copies / workers, _LEAST_SHARE)
-    split = (cost > 1.25 * share) | (cost > share + 20)
-    pieces = np.rint(cost / max(share / 2, _LEAST_PIECE))
-    return np.where(split, np.maximum(pieces, 2), 1).astype(np.int64)
+    pieces = np.maximum(2, np.rint(cost / max(share * TF, _LEAST_PIECE)))
+    split = cost > np.maximum(share, cost / pieces) + OV
+    return np.where(split, pieces, 1).astype(np.int64)
 
 
 def _items(

@@ -19,12 +19,14 @@ from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
 from . import select
 from . import triton_kernels as kernels
+from .checks import check
 from .plan import block_plan, device_block_plan, device_tile_table, run_share, tile_table
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
 _L2_BYTES = 24 << 20
 _PATTERN = Full()
+GROUPING = False
 
 
 def forward(
@@ -42,35 +44,58 @@ def forward(
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return forward(q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     if mask is None:
-        mask = mask_for(_PATTERN, q.shape[2], k.shape[2], device=q.device)
+        mask = mask_for(_PATTERN, q.shape[-2], k.shape[-2], device=q.device)
     valid = mask.kv_valid
     key = (
-        q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, scale, softcap,
+        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
+        v.shape, v.stride(), v.dtype, v.device, scale, softcap,
         None if valid is None else valid.shape,
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype),
-        None if sinks is None else sinks.dtype, mask.q_len, mask.kv_len,
+        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
+        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
+        mask.q_len, mask.kv_len,
         mask.row_start if isinstance(mask.row_start, int) else None,
         mask.col_start if isinstance(mask.col_start, int) else None,
     )  # fmt: skip
     calls = mask.plans.setdefault("triton calls", {})
     call = calls.get(key)
     if call is None:
-        if bias is not None:
-            bias = bias[(None,) * (4 - bias.ndim)]
+        check(q, k, v, mask, bias, sinks)
         capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        on_device = capturing or "host_runs" not in mask.plans
-        make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
-        call = keep(lambda: make(q, k, v, mask, bias, sinks, scale, softcap, on_device), q.device)
+        call = keep(
+            lambda: _prepare(q, k, v, mask, bias, sinks, scale, softcap, capturing), q.device
+        )
         # A mask used with ever new shapes must not keep them all; what a capture computes belongs
         # to its graph.
         if len(calls) >= 256:
             calls.clear()
         if not capturing:
             calls[key] = call
+    if call.copies:
+        q, k, v = _rows_together(q, k, v)
     return call(q, k, v, mask, bias, sinks)
+
+
+def _prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    capturing: bool,
+) -> _RowCall | _BlockCall:  # fmt: skip
+    copies = any(x.stride(3) != 1 for x in (q, k, v))
+    if copies:
+        q, k, v = _rows_together(q, k, v)
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.ndim)]
+    on_device = capturing or "host_runs" not in mask.plans
+    make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
+    call = make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
+    call.copies = copies
+    return call
+
+
+def _rows_together(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Tensors whose elements of one row lie side by side."""
+    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
 
 
 def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
@@ -118,6 +143,9 @@ def _strides(x: torch.Tensor, keep: int) -> tuple[int, ...]:
 
 class _Common:
     """What both kinds of calls share: sizes, optional tensors, outputs."""
+
+    #: Whether q, k or v have to be copied first, because a row's elements do not lie side by side.
+    copies = False
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
@@ -183,7 +211,10 @@ class _BlockCall(_Common):
         per_head = (
             self.kv_len * (self.dim + self.v_dim) * k.element_size() * self.kv_heads // self.heads
         )
-        groups = triton.cdiv(copies, max(1, min(copies, _L2_BYTES // per_head)))
+        # Where every block reads all keys, few heads run together, so that theirs stay in L2. Else
+        # all heads do, so that the heaviest items of all start first.
+        together = min(copies, max(1, _L2_BYTES // per_head)) if config.unit or GROUPING else copies
+        groups = triton.cdiv(copies, together)
         grid = (triton.cdiv(copies, groups), n_items, groups)
         simple = scale > 0 and softcap == 0 and bias is None
         has_valid, has_sinks = mask.kv_valid is not None, sinks is not None

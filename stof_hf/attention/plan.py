@@ -22,9 +22,8 @@ from ..masks.sparse_mask import FULL, SparseMask
 EMPTY = -2
 #: A full tile's cost is 1; a partial one applies its bitmap; an item loads queries, stores rows.
 _PARTIAL_COST, _ITEM_COST = 1.3, 2.0
-#: No share of the work is thought smaller than this, and no item is cut into smaller pieces.
-_LEAST_SHARE, _LEAST_PIECE = 8.0, 28.0
-TF, OV = 0.5, 6
+#: An item is split only if that saves more than combining costs; no piece is meant to be smaller.
+_MERGE_COST, _LEAST_PIECE = 12.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class BlockPlan:
         tile_bits, -1 all ones, -2 all zeros.
     merges: int32 [P, C, 3]: query block (-1: none), first slot, number of pieces.
     slots: pieces of the pattern that has most.
+    unevenness: cost of the heaviest item over the sum of all, of the pattern where that is largest.
     """
 
     rows: int
@@ -44,6 +44,7 @@ class BlockPlan:
     steps: torch.Tensor
     merges: torch.Tensor
     slots: int
+    unevenness: float
 
 
 def block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
@@ -88,7 +89,10 @@ def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: in
         pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks, max(unit, 1)
     )
     device = mask.device
-    return BlockPlan(rows, *(_upload(x, device) for x in (items, steps, merges)), slots)
+    tensors = (_upload(x, device) for x in (items, steps, merges))
+    by_pattern = (cost / pieces).reshape(patterns, blocks)
+    unevenness = float((by_pattern.max(1) / cost.reshape(patterns, blocks).sum(1)).max())
+    return BlockPlan(rows, *tensors, slots, unevenness)
 
 
 def _joined(
@@ -151,9 +155,9 @@ def _partial_steps(
 
 def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
     """Into how many pieces each block is split: no piece should outlast an even share by much."""
-    share = max(cost.sum() * copies / workers, _LEAST_SHARE)
-    pieces = np.maximum(2, np.rint(cost / max(share * TF, _LEAST_PIECE)))
-    split = cost > np.maximum(share, cost / pieces) + OV
+    share = max(cost.sum() * copies / workers, _LEAST_PIECE)
+    pieces = np.maximum(2, np.rint(cost / share))
+    split = cost > np.maximum(share, cost / pieces) + _MERGE_COST
     return np.where(split, pieces, 1).astype(np.int64)
 
 
@@ -269,7 +273,7 @@ def device_block_plan(mask: SparseMask) -> BlockPlan:
     none = torch.zeros_like(block)
     items = torch.stack([block, none, none, row * (columns + 1), weight, none - 1], 2)
     merges = torch.empty(patterns, 0, 3, dtype=torch.int32, device=table.device)
-    return BlockPlan(TILE, items.to(torch.int32), steps.view(-1, 2), merges, 0)
+    return BlockPlan(TILE, items.to(torch.int32), steps.view(-1, 2), merges, 0, 1.0)
 
 
 def _upload(x: np.ndarray, device: torch.device) -> torch.Tensor:

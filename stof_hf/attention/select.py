@@ -93,6 +93,8 @@ def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
         return BlockConfig(64, 4, 3, 1, None, 3 * processors)
     if dim == 128:
         return BlockConfig(64, 4, 2, 0, None, 2 * processors)
+    if batch * heads * -(-q_len // 64) <= processors:
+        return BlockConfig(64, 4, 3, 0, None, 3 * processors)
     return BlockConfig(64, 4, 2, 0, 128, 4 * processors)
 
 

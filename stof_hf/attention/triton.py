@@ -26,7 +26,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
 _L2_BYTES = 24 << 20
 _PATTERN = Full()
-GROUPING = False
 
 
 def forward(
@@ -211,9 +210,11 @@ class _BlockCall(_Common):
         per_head = (
             self.kv_len * (self.dim + self.v_dim) * k.element_size() * self.kv_heads // self.heads
         )
-        # Where every block reads all keys, few heads run together, so that theirs stay in L2. Else
-        # all heads do, so that the heaviest items of all start first.
-        together = min(copies, max(1, _L2_BYTES // per_head)) if config.unit or GROUPING else copies
+        # The keys of heads that run together should stay in L2. Where a few items are far heavier
+        # than the rest, all heads run together, so that the heaviest of all start first.
+        together = min(copies, max(1, _L2_BYTES // per_head))
+        if plan.unevenness * config.workers > 2 * together:
+            together = copies
         groups = triton.cdiv(copies, together)
         grid = (triton.cdiv(copies, groups), n_items, groups)
         simple = scale > 0 and softcap == 0 and bias is None

@@ -81,6 +81,16 @@ class Intervals:
     def __or__(self, other: Intervals) -> Intervals:
         return self._covered(other, 1)
 
+    def or_all(self, rows: np.ndarray) -> Intervals:
+        """The one set that this holds, for each of N rows; all tiles where `rows`, bool [N]."""
+        one = self.ascending()
+        lo, hi = (np.repeat(x, len(rows), axis=0) for x in (one.lo, one.hi))
+        lo[rows], hi[rows] = self.limit, self.limit
+        lo[rows, 0] = 0
+        out = Intervals(lo, hi, self.limit)
+        out._ascending = True
+        return out
+
     def __invert__(self) -> Intervals:
         merged = self.ascending()
         edge = np.zeros((len(merged.lo), 1), np.int32)

@@ -189,14 +189,8 @@ class GlobalTokens(Pattern):
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
         some, every = self._rows(rows)
-        touched = Intervals(np.zeros(rows.count, np.int64), some * rows.tiles, rows.tiles)
-        full = Intervals(np.zeros(rows.count, np.int64), every * rows.tiles, rows.tiles)
-        if self.ranges:
-            a, b = np.array(self.ranges).T
-            shape = (rows.count, len(a))
-            lo, hi = np.broadcast_to(a, shape), np.broadcast_to(b, shape)
-            touched, full = touched | rows.touched(lo, hi), full | rows.inside(lo, hi)
-        return touched, full
+        lo, hi = np.array(self.ranges or ((0, 0),)).T[:, None]
+        return rows.touched(lo, hi).or_all(some), rows.inside(lo, hi).or_all(every)
 
     def tile_key(self, rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
         some, _ = self._rows(rows)

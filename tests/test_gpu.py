@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch.nn.attention.flex_attention import create_block_mask
 
 import stof_hf
@@ -142,3 +143,56 @@ def test_compile_fullgraph(mode):
         q, k, v = (torch.randn(2, 4, 300, 64, device="cuda") for _ in range(3))
         want, _ = reference_attention(q, k, v, mask.to_dense())
         torch.testing.assert_close(compiled(q, k, v).double(), 2 * want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [None, patterns.SlidingWindow(20, 0)], ids=["own", "window"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(cache, pattern):
+    """With a static cache, Transformers compiles the step to CUDA graphs by itself."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).cuda().eval()
+    model.set_attn_implementation("stof")
+    ids = torch.randint(1, 97, (2, 12), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    if pattern is not None:
+        stof_hf.set_pattern(model, pattern)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=256, min_new_tokens=256, do_sample=False,
+        output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        cache_implementation=None if cache == "dynamic" else "static",
+    )  # fmt: skip
+    if cache == "static":
+        assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    full = torch.cat([mask, mask.new_ones(2, 256)], 1)
+    with torch.no_grad():
+        if pattern is None:
+            model.set_attn_implementation("eager")
+        want = model(
+            out.sequences, attention_mask=full, position_ids=(full.cumsum(-1) - 1).clamp(min=0)
+        ).logits[:, 11:-1]
+    torch.testing.assert_close(torch.stack(out.logits, 1), want.float(), atol=2e-3, rtol=2e-3)
+
+
+def test_a_padded_batch_in_half_precision():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=97, hidden_size=128, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.BertModel(config).cuda().half().eval()
+    ids = torch.randint(1, 97, (3, 200), device="cuda")
+    mask = (torch.arange(200) < torch.tensor([[200], [77], [1]])).long().cuda()
+    results = []
+    for implementation in ("eager", "stof"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            results.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
+    torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)

@@ -167,6 +167,22 @@ def test_generate_equals_full_forward(name: str, cache: str) -> None:
     assert not close(dense, logits)
 
 
+def test_256_tokens_compile_at_most_two_graphs() -> None:
+    model = family("llama").build("stof")
+    stof_hf.set_pattern(model, patterns.SlidingWindow(30, 0))
+    ids = inputs_of(family("llama"), length=12)["input_ids"]
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    model.generate(
+        ids, max_new_tokens=256, min_new_tokens=256, do_sample=False,
+        cache_implementation="static", compile_config=compile_config,
+    )  # fmt: skip
+    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
 def test_vision_language_model(tmp_path: Path) -> None:
     """A pattern on the language model alone, by name, and on everything."""
     model = family("llava").build("stof")

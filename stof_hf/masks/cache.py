@@ -9,11 +9,12 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import torch._dynamo
 
 from .as_tensor import FEW_ROWS
 from .device import keep
 from .pattern import Pattern
-from .sparse_mask import SparseMask
+from .sparse_mask import STRUCTURE, SparseMask
 
 _LEAST_POSITIONS = 4096
 
@@ -23,9 +24,14 @@ def _built(
     pattern: Pattern, q_len: int, kv_len: int, q_offset: int, kv_offset: int, device: torch.device
 ) -> SparseMask:
     offsets = {"q_offset": q_offset, "kv_offset": kv_offset}
-    return keep(
+    mask = keep(
         lambda: SparseMask.from_pattern(pattern, q_len, kv_len, **offsets, device=device), device
     )
+    # A compiled step gets these very tensors in every call: CUDA graphs of torch.compile need not
+    # copy them, and what kernels derived from them is found by them.
+    for name in STRUCTURE:
+        torch._dynamo.mark_static_address(getattr(mask, name))
+    return mask
 
 
 def mask_for(

@@ -172,6 +172,20 @@ def test_decode_views(q_len, row, kv_len, col, on_device):
     compare(*make(2, 4, 2, q_len, kv_len, 32), view, allowed)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_decode_with_everything(known):
+    pattern = patterns.Longformer(30, (0, 170)) & patterns.Causal()
+    mask = SparseMask.from_pattern(pattern, 1, 300, q_offset=270)
+    valid = torch.ones(2, 300, dtype=torch.bool)
+    valid[1, :250] = False
+    mask, allowed = mask.with_padding(valid), mask.to_dense() & valid[:, None, None]
+    if not known:
+        mask = replace(mask, plans={})
+    q, k, v = make(2, 6, 2, 1, 300, 40, 24)
+    bias, sinks = torch.randn(6, 1, 300), torch.randn(6)
+    compare(q, k, v, mask, allowed, bias=bias, sinks=sinks, softcap=15.0)
+
+
 def test_one_mask_serves_changing_offsets():
     mask = SparseMask.from_pattern(patterns.SlidingWindow(30, 0), 200).to(DEVICE)
     q, k, v = make(1, 2, 2, 1, 150, 16)

@@ -253,27 +253,55 @@ def device_tile_table(mask: SparseMask) -> torch.Tensor:
     return torch.where(inside, content, EMPTY).view(shape)
 
 
+def tile_lists(mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tiles that each tile row holds: (int32 [P * tile rows, 2]: first entry and number of
+    entries, int32 [S, 2]: key tile, and index of tile_bits or -1 for a full tile)."""
+    if "tile_lists" not in mask.plans:
+        ptr, col, length, content = mask.host_runs()
+        runs = np.diff(ptr, axis=1).reshape(-1)
+        before = np.concatenate([[0], np.cumsum(length)])
+        last = np.cumsum(runs)
+        first = before[last - runs]
+        lists = np.stack([first, before[last] - first], 1)
+        tile = np.repeat(col - before[:-1], length) + np.arange(before[-1])
+        steps = np.stack([tile, np.repeat(content, length)], 1)
+        steps = steps if len(steps) else np.zeros((1, 2))
+        mask.plans["tile_lists"] = (_upload(lists, mask.device), _upload(steps, mask.device))
+    return mask.plans["tile_lists"]
+
+
+def device_tile_lists(mask: SparseMask) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tile_lists`, computed on the device without synchronising."""
+    count, steps = _device_steps(device_tile_table(mask))
+    first = torch.arange(count.numel(), device=count.device) * steps.shape[2]
+    return torch.stack([first, count.flatten()], 1).to(torch.int32), steps.view(-1, 2)
+
+
 def device_block_plan(mask: SparseMask) -> BlockPlan:
     """A plan for blocks of 64 query rows, made on the device without synchronising.
 
     For masks whose runs the host does not know, and for calls that a CUDA graph captures before
     they were planned. Every tile is a step of its own, and no item is split.
     """
-    table = device_tile_table(mask)
+    count, steps = _device_steps(device_tile_table(mask))
+    weight, block = torch.sort(count, dim=1, descending=True, stable=True)
+    row = torch.arange(len(count), device=count.device)[:, None] * count.shape[1] + block
+    none = torch.zeros_like(block)
+    items = torch.stack([block, none, none, row * steps.shape[2], weight, none - 1], 2)
+    merges = torch.empty(len(count), 0, 3, dtype=torch.int32, device=count.device)
+    return BlockPlan(TILE, items.to(torch.int32), steps.view(-1, 2), merges, 0, 1.0)
+
+
+def _device_steps(table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Number of held tiles [P, R], and their (key tile, content) [P, R, C + 1, 2], of each row."""
     patterns, tile_rows, columns = table.shape
     held = table != EMPTY
-    count = held.sum(2)
     # Held tiles move to the front of their row, the others to a last column that nobody reads.
     place = torch.where(held, held.cumsum(2) - 1, columns)
     tile = torch.arange(columns, dtype=torch.int32, device=table.device).expand_as(table)
     steps = torch.zeros(patterns, tile_rows, columns + 1, 2, dtype=torch.int32, device=table.device)
     steps.scatter_(2, place[..., None].expand(-1, -1, -1, 2), torch.stack([tile, table], 3))
-    weight, block = torch.sort(count, dim=1, descending=True, stable=True)
-    row = torch.arange(patterns, device=table.device)[:, None] * tile_rows + block
-    none = torch.zeros_like(block)
-    items = torch.stack([block, none, none, row * (columns + 1), weight, none - 1], 2)
-    merges = torch.empty(patterns, 0, 3, dtype=torch.int32, device=table.device)
-    return BlockPlan(TILE, items.to(torch.int32), steps.view(-1, 2), merges, 0, 1.0)
+    return held.sum(2), steps
 
 
 def _upload(x: np.ndarray, device: torch.device) -> torch.Tensor:

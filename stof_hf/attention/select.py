@@ -61,12 +61,14 @@ class BlockConfig:
 
 @dataclass(frozen=True)
 class RowConfig:
-    """Of the row-wise kernel: query rows of a block, keys of a step, and the split over keys."""
+    """Of the row-wise kernel: query rows of a block, keys of a step, the split over keys, and
+    pipeline stages."""
 
     take: int
     keys: int
     splits: int
     keys_per_split: int
+    stages: int
 
 
 def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
@@ -103,12 +105,14 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     take = max(1, min(q_len, 64 * kv_heads // heads))
-    keys = 64 if dim <= 128 else 32
+    large = dim > 128 or (q.dtype == torch.float32 and dim > 64)
+    keys = 32 if large and not (has_much_shared_memory(q.device) and q.itemsize == 2) else 64
     programs = -(-q_len // take) * batch * kv_heads
     wanted = -(-4 * multiprocessors(q.device) // programs)
     splits = max(1, min(wanted, kv_len // 128, 128))
     keys_per_split = -(-kv_len // splits // keys) * keys
-    return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split)
+    stages = 2 if large else 3
+    return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split, stages)
 
 
 @lru_cache

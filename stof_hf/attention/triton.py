@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import triton
 
+from ..masks.bits import TILE
 from ..masks.cache import mask_for
 from ..masks.device import keep
 from ..masks.patterns import Full
@@ -20,7 +21,15 @@ from ..masks.sparse_mask import SparseMask
 from . import select
 from . import triton_kernels as kernels
 from .checks import check
-from .plan import block_plan, device_block_plan, device_tile_table, run_share, tile_table
+from .plan import (
+    block_plan,
+    device_block_plan,
+    device_tile_lists,
+    device_tile_table,
+    run_share,
+    tile_lists,
+    tile_table,
+)
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
@@ -272,13 +281,20 @@ class _RowCall(_Common):
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks)
         group = self.heads // self.kv_heads
-        self.table = device_tile_table(mask) if on_device else tile_table(mask)
-        _, tile_rows, tile_cols = self.table.shape
         config = select.row_config(q, k, _padded(q, v))
+        patterns, tile_rows = len(mask.row_ptr), mask.row_ptr.shape[1] - 1
+        masked = mask.pattern != _PATTERN
+        listed = masked and self.q_len == 1 and patterns == 1 and config.keys == TILE
+        if listed:
+            table, steps = device_tile_lists(mask) if on_device else tile_lists(mask)
+            tile_cols = 0
+        else:
+            table = steps = device_tile_table(mask) if on_device else tile_table(mask)
+            tile_cols = table.shape[2]
         self.take, self.splits = config.take, config.splits
         self.takes = triton.cdiv(self.q_len, self.take)
         starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
-        has_sinks, patterns = sinks is not None, len(self.table) > 1
+        has_sinks = sinks is not None
         numbers = (
             *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, self.q_len,
             self.kv_len, tile_rows, tile_cols, config.keys_per_split, self.splits, float(scale),
@@ -287,18 +303,17 @@ class _RowCall(_Common):
         constants = (
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
             max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1,
-            mask.pattern != _PATTERN, self.q_len == 1 and not patterns, patterns,
-            *starts, mask.kv_valid is not None, softcap > 0, bias is not None, has_sinks, 2,
-            INTERPRETED,
+            masked, listed, patterns > 1, *starts, mask.kv_valid is not None, softcap > 0,
+            bias is not None, has_sinks, config.stages, INTERPRETED,
         )  # fmt: skip
         grid = (self.takes * self.splits, self.batch * self.kv_heads)
         self.main = _Kernel(
             kernels.row_kernel,
             grid,
-            (self.table, self.words, mask.pattern_id),
+            (table, steps, self.words, mask.pattern_id),
             numbers + constants,
             num_warps=4,
-            num_stages=2,
+            num_stages=config.stages,
         )
         if self.splits > 1:
             self.merge = _Kernel(

@@ -278,23 +278,51 @@ def merge_kernel(
 
 
 @triton.jit
+def _row_step(steps_ptr, words_ptr, i, end):
+    """Key tile of step i, and the two halves of the row's word in it; zeros beyond the last."""
+    tile = tl.load(steps_ptr + i * 2, mask=i < end, other=0)
+    bits = tl.load(steps_ptr + i * 2 + 1, mask=i < end, other=-2)
+    place = words_ptr + bits.to(tl.int64) * 128
+    whole = tl.where(bits == -1, -1, 0)
+    low = tl.load(place, mask=bits >= 0, other=whole)
+    return tile, low, tl.load(place + 1, mask=bits >= 0, other=whole)
+
+
+@triton.jit
+def _row_scores(s, bias_rows, bias_offs, seen, scale, softcap,
+                SOFTCAP: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
+    """Scores in base 2, minus infinity where not seen."""
+    if SOFTCAP:
+        s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
+    else:
+        s = s * scale
+    if BIAS:
+        bias = tl.load(bias_rows[:, None] + bias_offs[None, :], mask=seen, other=0.0)
+        s += bias.to(tl.float32)
+    return tl.where(seen, s * LOG2E, float("-inf"))
+
+
+@triton.jit
 def row_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
-    valid_ptr, bias_ptr, sinks_ptr, row_start, col_start, table_ptr, words_ptr, pattern_ptr,
+    valid_ptr, bias_ptr, sinks_ptr, row_start, col_start, table_ptr, steps_ptr, words_ptr,
+    pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
     pattern_b, pattern_h, valid_b, heads, q_len, kv_len, tile_rows, tile_cols, keys_per_split,
     splits, scale, softcap,
     GROUP: tl.constexpr, TAKE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
-    MASK: tl.constexpr, ONE_ROW: tl.constexpr, PATTERNS: tl.constexpr,
+    MASK: tl.constexpr, LISTED: tl.constexpr, PATTERNS: tl.constexpr,
     ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr, VALID: tl.constexpr,
     SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """TAKE query rows of all GROUP heads that share a key head, against one range of keys.
+    """TAKE query rows of all GROUP heads that share a key head, against one share of their keys.
 
-    The row of each element is looked up in the tile table, so the view may begin at any row and
-    column; with ONE_ROW all elements share one row. Key blocks that no row may see are not loaded.
+    With LISTED there is a single row, and table_ptr says where the tiles that it holds begin in
+    steps_ptr and how many they are: the splits share those. Else the tile of each element is looked
+    up in the tile table, each split takes a range of keys, and keys that no row may see are not
+    loaded. The view may begin at any row and column.
     """
     part_id = tl.program_id(0)
     kv_heads = heads // GROUP
@@ -320,34 +348,51 @@ def row_kernel(
     k_ptr += b64 * k_b + hk64 * k_h
     v_ptr += b64 * v_b + hk64 * v_h
     if MASK:
-        col = tl.zeros([BN], tl.int64)
-        if COL_TENSOR:
-            col += tl.load(col_start)
-        else:
-            col += col_start
-        if ONE_ROW:
-            row = tl.zeros([1], tl.int64)
-            of_row = tl.full([1], 1, tl.int1)
-        else:
-            row = offs_m.to(tl.int64)
-            of_row = rows_in
-        if ROW_TENSOR:
-            row += tl.load(row_start)
-        else:
-            row += row_start
-        table_rows = table_ptr + (row >> 6) * tile_cols
-        if PATTERNS:
-            pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h, mask=rows_in, other=0)
-            table_rows += pattern * tile_rows * tile_cols
-        stored = of_row & (row < tile_rows * 64)
-        row_word = (row & 63) * 2
-    if BIAS:
-        bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
+        # Plain numbers may be constants of 32 bits.
+        col = tl.zeros([], tl.int64) + (tl.load(col_start) if COL_TENSOR else col_start)
+        first_row = tl.zeros([], tl.int64) + (tl.load(row_start) if ROW_TENSOR else row_start)
+    bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, kv_len)
+    if LISTED:
+        tl.static_assert(BN == 64)
+        end = begin
+        inside = first_row < tile_rows * 64
+        entry = table_ptr + (first_row >> 6) * 2
+        count = tl.load(entry + 1, mask=inside, other=0)
+        a = count * split // splits
+        z = count * (split + 1) // splits
+        steps_ptr += tl.load(entry, mask=inside, other=0).to(tl.int64) * 2
+        words_ptr += (first_row & 63) * 2
+        tile, low, high = _row_step(steps_ptr, words_ptr, a, z)
+        column = tl.arange(0, 64)
+        for i in tl.range(a, z, num_stages=STAGES):
+            n = tile.to(tl.int64) * 64 - col + column
+            keys_in = (n >= 0) & (n < kv_len)
+            seen = ((tl.where(column < 32, low, high) >> (column & 31)) & 1) != 0
+            seen = rows_in[:, None] & (seen & keys_in)[None, :]
+            if VALID:
+                w = tl.load(valid_ptr + b * valid_b + (n >> 5), mask=keys_in, other=0)
+                seen = seen & (((w >> (n & 31).to(tl.int32)) & 1) != 0)[None, :]
+            k = tl.load(k_ptr + n[None, :] * k_s + offs_d[:, None],
+                        mask=keys_in[None, :] & (offs_d[:, None] < D), other=0.0)  # fmt: skip
+            s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), INTERPRETED)
+            x = _row_scores(s, bias_rows, n * bias_n, seen, scale, softcap, SOFTCAP, BIAS)
+            v = tl.load(v_ptr + n[:, None] * v_s + offs_dv[None, :],
+                        mask=keys_in[:, None] & (offs_dv[None, :] < DV), other=0.0)  # fmt: skip
+            tile, low, high = _row_step(steps_ptr, words_ptr, i + 1, z)
+            m, l, acc = _accumulate(x, v, m, l, acc, 1.0, INTERPRETED)
+    elif MASK:
+        row = first_row + offs_m
+        table_rows = table_ptr + (row >> 6) * tile_cols
+        if PATTERNS:
+            pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h, mask=rows_in, other=0)
+            table_rows += pattern * tile_rows * tile_cols
+        stored = rows_in & (row < tile_rows * 64)
+        row_word = (row & 63) * 2
     for start in tl.range(begin, end, BN, num_stages=STAGES):
         n = start + tl.arange(0, BN)
         keys_in = n < end
@@ -355,7 +400,7 @@ def row_kernel(
         if VALID:
             w = tl.load(valid_ptr + b * valid_b + (n >> 5), mask=keys_in, other=0)
             seen = seen & (((w >> (n & 31)) & 1) != 0)[None, :]
-        if MASK:
+        if MASK and not LISTED:
             c = col + n
             inside = stored[:, None] & (c < tile_cols * 64)[None, :] & keys_in[None, :]
             tile = tl.load(table_rows[:, None] + (c >> 6)[None, :], mask=inside, other=-2)
@@ -365,20 +410,15 @@ def row_kernel(
             word = tl.load(place, mask=tile >= 0, other=0)
             bit = ((word >> (c & 31).to(tl.int32)[None, :]) & 1) != 0
             seen = seen & ((tile == -1) | bit)
-        if tl.max(seen.to(tl.int32)) > 0:
+        any_seen = True
+        if MASK or VALID:
+            any_seen = tl.max(seen.to(tl.int32)) > 0
+        if any_seen:
             n64 = n.to(tl.int64)
             k = tl.load(k_ptr + n64[None, :] * k_s + offs_d[:, None],
                         mask=keys_in[None, :] & (offs_d[:, None] < D), other=0.0)  # fmt: skip
             s = _dot(q, k, tl.zeros([ROWS, BN], tl.float32), INTERPRETED)
-            if SOFTCAP:
-                s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
-            else:
-                s = s * scale
-            if BIAS:
-                s += tl.load(bias_rows[:, None] + n64[None, :] * bias_n, mask=seen, other=0.0).to(
-                    tl.float32
-                )
-            x = tl.where(seen, s * LOG2E, float("-inf"))
+            x = _row_scores(s, bias_rows, n64 * bias_n, seen, scale, softcap, SOFTCAP, BIAS)
             v = tl.load(v_ptr + n64[:, None] * v_s + offs_dv[None, :],
                         mask=keys_in[:, None] & (offs_dv[None, :] < DV), other=0.0)  # fmt: skip
             m, l, acc = _accumulate(x, v, m, l, acc, 1.0, INTERPRETED)

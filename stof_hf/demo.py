@@ -66,6 +66,10 @@ def embed(model: Any, batches: list[Batch]) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.cat(out), dim=-1)
 
 
+def _shown(ms: float) -> str:
+    return f"{ms:.0f}" if ms >= 100 else f"{ms:.2f}"
+
+
 def _times_ms(
     console: Console, calls: dict[str, Callable[[], Any]], device: torch.device
 ) -> dict[str, float]:
@@ -137,9 +141,9 @@ def _compare(
         f"{1 - tokens / slots:.0%} padding"
     )
     table = Table("attention", "ms", "least cosine similarity to sdpa")
-    table.add_row("sdpa", f"{times['sdpa']:.0f}", "")
+    table.add_row("sdpa", _shown(times["sdpa"]), "")
     verdict = "[green]same[/]" if same else "[red]different[/]"
-    table.add_row("stof", f"{times['stof']:.0f}", f"{float(similarity.min()):.7f} {verdict}")
+    table.add_row("stof", _shown(times["stof"]), f"{float(similarity.min()):.7f} {verdict}")
     console.print(table)
 
     questions = _batches(list(QUESTIONS), tokenizer, device, len(QUESTIONS))
@@ -169,7 +173,7 @@ def _sparse(console: Console, models: dict[str, Any], tokenizer: Any, device: to
         kept = window.density if name == WINDOWED else 1.0
         similarity = (embeddings[name] * embeddings["sdpa"]).sum(-1)
         spread = f"{float(similarity.mean()):.4f} (least {float(similarity.min()):.4f})"
-        table.add_row(name, f"{kept:.1%}", f"{times[name]:.0f}", spread)
+        table.add_row(name, f"{kept:.1%}", _shown(times[name]), spread)
     console.print(f"{len(passages)} passages of up to {length} tokens")
     console.print(table)
 
@@ -197,5 +201,5 @@ def _long(console: Console, device: torch.device, dtype: torch.dtype, seq_len: i
     table = Table("attention", "ms", "largest difference to sdpa")
     for name in models:
         difference = float((hidden[name] - hidden["sdpa"]).abs().max())
-        table.add_row(name, f"{times[name]:.0f}", f"{difference:.1e}")
+        table.add_row(name, _shown(times[name]), f"{difference:.1e}")
     console.print(table)

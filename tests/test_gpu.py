@@ -196,3 +196,13 @@ def test_a_padded_batch_in_half_precision():
         with torch.no_grad():
             results.append(model(ids, attention_mask=mask).last_hidden_state[mask.bool()])
     torch.testing.assert_close(*results, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("length", [2, 20])
+def test_more_heads_than_a_grid_is_high(length):
+    shape = (70_000, 1, length, 16)
+    q, k, v = make(shape, shape, shape, dtype=torch.float16)
+    mask = SparseMask.from_pattern(patterns.Causal(), length, device="cuda")
+    out = stof_hf.attention(q, k, v, mask)
+    want, _ = reference_attention(q, k, v, mask.to_dense())
+    torch.testing.assert_close(out.double(), want, atol=3e-3, rtol=3e-3)

@@ -247,7 +247,7 @@ class _BlockCall(_Common):
             merges = plan.merges.shape[1]
             cut = 16
             self.merge = _Kernel(
-                kernels.merge_kernel, (merges * (plan.rows // cut), copies),
+                kernels.merge_kernel, (copies, merges * (plan.rows // cut)),
                 (plan.merges, mask.pattern_id),
                 (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
                  self.bdv, plan.rows, cut, has_sinks),
@@ -306,7 +306,7 @@ class _RowCall(_Common):
             masked, listed, patterns > 1, *starts, mask.kv_valid is not None, softcap > 0,
             bias is not None, has_sinks, config.stages, INTERPRETED,
         )  # fmt: skip
-        grid = (self.takes * self.splits, self.batch * self.kv_heads)
+        grid = (self.batch * self.kv_heads, self.takes * self.splits)
         self.main = _Kernel(
             kernels.row_kernel,
             grid,
@@ -317,7 +317,7 @@ class _RowCall(_Common):
         )
         if self.splits > 1:
             self.merge = _Kernel(
-                kernels.row_merge_kernel, (self.q_len, self.batch * self.heads), (),
+                kernels.row_merge_kernel, (self.batch * self.heads, self.q_len), (),
                 (self.heads, self.q_len, self.splits, self.take, self.v_dim, self.bdv,
                  triton.next_power_of_2(self.splits), has_sinks),
                 num_warps=4,

@@ -30,7 +30,8 @@ def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
     else:
         s = s * scale
     if BIAS:
-        ptrs = bias_ptr + offs_m[:, None] * bias_m + offs_n[None, :] * bias_n
+        rows = bias_ptr + offs_m.to(tl.int64) * bias_m
+        ptrs = rows[:, None] + (offs_n.to(tl.int64) * bias_n)[None, :]
         s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
     return s * LOG2E
 
@@ -234,9 +235,9 @@ def merge_kernel(
     DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Combine the pieces of a split block, in order, for CUT of its rows."""
-    entry = tl.program_id(0) // (ROWS // CUT)
-    rows = tl.program_id(0) % (ROWS // CUT) * CUT + tl.arange(0, CUT)
-    bh = tl.program_id(1)
+    entry = tl.program_id(1) // (ROWS // CUT)
+    rows = tl.program_id(1) % (ROWS // CUT) * CUT + tl.arange(0, CUT)
+    bh = tl.program_id(0)
     b = bh // heads
     h = bh % heads
     pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
@@ -324,10 +325,10 @@ def row_kernel(
     up in the tile table, each split takes a range of keys, and keys that no row may see are not
     loaded. The view may begin at any row and column.
     """
-    part_id = tl.program_id(0)
+    part_id = tl.program_id(1)
     kv_heads = heads // GROUP
-    b = tl.program_id(1) // kv_heads
-    hk = tl.program_id(1) % kv_heads
+    b = tl.program_id(0) // kv_heads
+    hk = tl.program_id(0) % kv_heads
     take = part_id // splits
     split = part_id % splits
     lane = tl.arange(0, ROWS)
@@ -452,9 +453,9 @@ def row_merge_kernel(
     TAKE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query row, all at once (a fixed tree of additions)."""
-    i = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
-    h = tl.program_id(1) % heads
+    i = tl.program_id(1)
+    bh = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(0) % heads
     b = bh // heads
     offs_s = tl.arange(0, BS)
     offs_dv = tl.arange(0, BDV)

@@ -105,13 +105,14 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     batch, heads, q_len, _ = q.shape
     kv_heads, kv_len = k.shape[1], k.shape[2]
     take = max(1, min(q_len, 64 * kv_heads // heads))
+    roomy = has_much_shared_memory(q.device)
     large = dim > 128 or (q.dtype == torch.float32 and dim > 64)
-    keys = 32 if large and not (has_much_shared_memory(q.device) and q.itemsize == 2) else 64
+    keys = 32 if large and not (roomy and q.itemsize == 2) else 64
     programs = -(-q_len // take) * batch * kv_heads
     wanted = -(-4 * multiprocessors(q.device) // programs)
     splits = max(1, min(wanted, kv_len // 128, 128))
     keys_per_split = -(-kv_len // splits // keys) * keys
-    stages = 2 if large else 3
+    stages = 3 if not large else 2 if roomy else 1
     return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split, stages)
 
 

@@ -17,6 +17,7 @@ from transformers.masking_utils import and_masks, or_masks, sdpa_mask
 
 import stof_hf.hf.masks as hf_masks
 from stof_hf import SparseMask, patterns
+from stof_hf.hf import resolve
 from stof_hf.hf.masks import stof_mask
 from stof_hf.hf.recognise import pattern_of, structural_key
 from stof_hf.hf.symbolic import is_opaque, recognise
@@ -416,3 +417,13 @@ def test_traced(name: str) -> None:
     for mask in (padding, None):
         actual = torch.compile(step, fullgraph=True, backend="eager")(q, mask)
         assert torch.allclose(actual, step(q, mask), atol=1e-5)
+
+
+def test_random_blocks_of_a_mask_with_a_key_offset() -> None:
+    """Random blocks depend on the number of positions, wherever the keys at hand begin."""
+    extra = patterns.BigBird(8, (0,), 1, block_size=16)
+    place = {"q_offset": 192, "kv_offset": 64}
+    allowed = torch.ones(1, 1, 64, 192, dtype=torch.bool)
+    mask = SparseMask(64, 192, *structure_of(allowed), **place)
+    expected = SparseMask.from_pattern(extra, 64, 192, **place).to_dense()
+    assert torch.equal(resolve.derive(mask, extra, "key").to_dense(), expected)

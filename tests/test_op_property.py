@@ -11,6 +11,7 @@ from strategies import Case, cases
 
 import stof_hf
 from stof_hf import MaskError, SparseMask, UnsupportedError, patterns
+from stof_hf.attention import jit
 from stof_hf.attention.op import op_arguments
 from stof_hf.attention.reference import reference_attention
 from stof_hf.masks.traced import structure_of
@@ -220,7 +221,14 @@ class Layer(torch.nn.Module):
         return stof_hf.attention(q, k, v, self.mask).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+NEEDS_COMPILER = pytest.mark.skipif(
+    jit.find_compiler() is None, reason="torch's inductor needs a C++ compiler on the CPU"
+)
+
+
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)]
+)
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["dense", "padded"])
 def test_compile_fullgraph(backend, mask):
     torch._dynamo.reset()

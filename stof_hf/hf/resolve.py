@@ -296,7 +296,9 @@ def _values(
     head = torch.arange(pattern.heads or 1, device=device)[:, None, None]
     q = torch.arange(shape[2], device=device)[:, None] + q_offset
     k = torch.arange(shape[3], device=device) + kv_offset
-    return pattern.bind(shape[3])(batch, head, q, k)
+    # As builders do: random blocks depend on the number of positions, not of keys at hand.
+    bound = pattern if pattern.length_free else pattern.bind(int(kv_offset) + shape[3])
+    return bound(batch, head, q, k)
 
 
 def _by_content(pattern: Pattern) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import UnsupportedError
 from ..masks.sparse_mask import SparseMask
+from .granules import Layout
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
@@ -98,6 +99,29 @@ def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
     if batch * heads * -(-q_len // 64) <= processors:
         return BlockConfig(64, 4, 3, 0, None, 3 * processors)
     return BlockConfig(64, 4, 2, 0, 128, 4 * processors)
+
+
+@dataclass(frozen=True)
+class CudaConfig:
+    """Of the CUDA block-wise kernel: how its blocks' halves are used, whether they are two heads,
+    blocks that the device runs at once, and the share of L2 for heads that run together."""
+
+    layout: Layout
+    two_heads: bool
+    workers: int
+    l2_bytes: int = 24 << 20
+
+
+def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfig:
+    """How the CUDA block-wise kernel computes a call."""
+    batch, heads, q_len, dim = q.shape
+    workers = multiprocessors(q.device) * (2 if dim == 64 else 1)
+    if heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1:
+        if batch * heads // 2 * -(-q_len // 64) >= workers:
+            return CudaConfig(Layout(1, False), True, workers)
+    elif batch * heads * -(-q_len // 128) >= workers:
+        return CudaConfig(Layout(2, False), False, workers)
+    return CudaConfig(Layout(1, True), False, workers)
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:

@@ -1,0 +1,161 @@
+// What the tensor-core kernels share: a warp's 16 rows of accumulators, from scores to stored rows.
+//
+// Lane l of a warp holds, at index 4 j + 2 r + c, the element of row l / 4 + 8 r and column
+// 8 j + 2 (l % 4) + c, in mma's and wgmma's accumulators alike.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace stof {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  uint32_t packed;
+  if constexpr (std::is_same_v<T, __half>)
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// Bit i of the word is that of accumulator i.
+__device__ __forceinline__ void apply_bits(float (&s)[32], uint32_t word) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i)
+    if (!(word >> i & 1)) s[i] = -INFINITY;
+}
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// Running softmax of two rows a lane: m, the reference that scores are reduced by, follows the
+// largest score only when that has grown by more than 2^8, as FlashAttention 4 does: fp16 holds
+// what exceeds it, and most steps leave the output as it is.
+struct Softmax {
+  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
+
+  // Whether the output must be scaled by `factor` before this step's product is added.
+  __device__ __forceinline__ bool update(const float (&s)[32], float scale, float (&factor)[2]) {
+    float top[2] = {s[0], s[2]};
+#pragma unroll
+    for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
+    top[0] = quad_max(top[0]);
+    top[1] = quad_max(top[1]);
+    const float slack = 8.f / scale;
+    const bool grown = top[0] > m[0] + slack || top[1] > m[1] + slack;
+    if (!__any_sync(~0u, grown)) return false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float next = fmaxf(m[r], top[r]);
+      factor[r] = m[r] == -INFINITY ? 0.f : exp2_fast((m[r] - next) * scale);
+      l[r] *= factor[r];
+      m[r] = next;
+    }
+    return true;
+  }
+
+  // Scores become the rounded weights, packed as the next product's first operand.
+  template <typename T>
+  __device__ __forceinline__ void weigh(float (&s)[32], float scale) {
+    float base[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) base[r] = m[r] == -INFINITY ? 0.f : m[r] * scale;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) {
+      const int r = i / 2 % 2;
+      s[i] = exp2_fast(fmaf(s[i], scale, -base[r]));
+      l[r] += s[i];
+    }
+  }
+};
+
+template <int N>
+__device__ __forceinline__ void scale_rows(float (&o)[N], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) o[i] *= factor[i / 2 % 2];
+}
+
+// Combines another part of the same rows' keys into (a, o); sums in a fixed order.
+template <int N>
+__device__ __forceinline__ void combine(Softmax& a, float (&o)[N], const Softmax& b, const float* part,
+                                        int stride, float scale) {
+  float keep[2], add[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float m = fmaxf(a.m[r], b.m[r]), base = m == -INFINITY ? 0.f : m;
+    keep[r] = exp2_fast((a.m[r] - base) * scale);
+    add[r] = exp2_fast((b.m[r] - base) * scale);
+    a.l[r] = a.l[r] * keep[r] + b.l[r] * add[r];
+    a.m[r] = m;
+  }
+#pragma unroll
+  for (int i = 0; i < N; i += 4) {
+    const float4 x = *reinterpret_cast<const float4*>(part + i / 4 * stride);
+    o[i] = o[i] * keep[0] + x.x * add[0];
+    o[i + 1] = o[i + 1] * keep[0] + x.y * add[0];
+    o[i + 2] = o[i + 2] * keep[1] + x.z * add[1];
+    o[i + 3] = o[i + 3] * keep[1] + x.w * add[1];
+  }
+}
+
+// Divides by the sums (a sink's weight included) and stores two rows a lane, 16 bytes at a time:
+// the four lanes of a quad exchange their columns first. row < 0: not stored.
+template <typename T, int N>
+__device__ __forceinline__ void store_rows(Softmax& a, float (&o)[N], const int (&row)[2], float scale,
+                                           const float* sink, T* out, int64_t out_row, float* lse) {
+  const int lane = threadIdx.x % 4;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float total = a.l[r], top = a.m[r] * scale;
+    if (sink) {
+      const float logit = *sink * kLog2e, base = fmaxf(top, logit);
+      total = total * exp2_fast(top - base) + exp2_fast(logit - base);
+      // The output was summed against `top`.
+      const float factor = exp2_fast(top - base) / total;
+      top = base;
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) o[4 * j + 2 * r] *= factor, o[4 * j + 2 * r + 1] *= factor;
+    } else {
+      const float factor = total > 0 ? 1.f / total : 0.f;
+#pragma unroll
+      for (int j = 0; j < N / 4; ++j) o[4 * j + 2 * r] *= factor, o[4 * j + 2 * r + 1] *= factor;
+    }
+    if (row[r] >= 0 && lane == 0)
+      lse[row[r]] = total > 0 ? (top + log2f(total)) * kLn2 : -INFINITY;
+#pragma unroll
+    for (int j = 0; j < N / 4; j += 4) {
+      uint32_t x[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
+      // A 4 x 4 transposition within the quad: lane i ends with all of column group j + i.
+      bool odd = lane & 1, upper = lane & 2;
+      uint32_t a0 = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), a1 = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+      if (odd) x[0] = a0, x[2] = a1; else x[1] = a0, x[3] = a1;
+      a0 = __shfl_xor_sync(~0u, upper ? x[0] : x[2], 2), a1 = __shfl_xor_sync(~0u, upper ? x[1] : x[3], 2);
+      if (upper) x[0] = a0, x[1] = a1; else x[2] = a0, x[3] = a1;
+      if (row[r] >= 0)
+        *reinterpret_cast<uint4*>(out + row[r] * out_row + 8 * (j + lane)) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+  }
+}
+
+}  // namespace stof

@@ -1,0 +1,531 @@
+// Block-wise attention for Hopper (sm_90a), head sizes 64 and 128, fp16 and bf16.
+//
+// Tiling: a block has two consumer warpgroups of 64 query rows each ("halves") and one producer
+// warp. The halves are two row tiles of one head, two heads that share their keys, or one row tile
+// whose steps they divide (problem.h). A step is 64 keys: one box of the copy engine where they are
+// consecutive, else 4 granules of 16 keys, gathered by a box each.
+// Pipeline: blocks are persistent and take items in a fixed order. The producer runs ahead, over
+// item borders, through a ring of key/value stages and two buffers for queries. A consumer issues
+// the scores of a step, then the weighted values of the step before, and computes the softmax while
+// the tensor cores do the latter. What a half does not see of a step it releases at once.
+// Limits: rows aligned to 16 bytes; at most 2^31 query rows; value head size equal to head size.
+#include <cuda_runtime.h>
+
+#include "fragments.cuh"
+#include "hopper_ptx.cuh"
+#include "problem.h"
+
+namespace stof {
+namespace {
+
+constexpr int kTile = 64, kGranule = 16, kHalves = 2, kConsumers = 128 * kHalves;
+constexpr int kThreads = kConsumers + 32;
+
+struct Maps {
+  CUtensorMap query, query_row, key, key_granule, value, value_granule;
+};
+
+struct Arguments {
+  const float* sinks;
+  void* out;
+  float *lse, *part;
+  int heads, kv_heads, copies, together, total, q_len, two_heads;
+  float scale;
+  Plan plan;
+};
+
+// What the consumers of a block need to know of an item.
+struct Info {
+  int batch, head, slot, steps, paired, stop;
+  int active[kHalves];
+};
+
+template <int D>
+struct Config {
+  static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
+  static constexpr int kStages = D == 64 ? 4 : 4;
+  static constexpr int kQueries = 2;  // buffers
+  static constexpr int kBlocks = D == 64 ? 2 : 1;  // a multiprocessor
+  // Whether a warpgroup computes its softmax while its own product runs: with four warpgroups on a
+  // multiprocessor the others keep the tensor cores busy, and registers are short.
+  static constexpr bool kOverlap = D == 128;
+};
+
+template <typename T, int D>
+struct Shared {
+  using C = Config<D>;
+  alignas(1024) T query[C::kQueries][kHalves][C::kChunks][kTile][64];
+  alignas(1024) T key[C::kStages][C::kChunks][kTile][64];
+  alignas(1024) T value[C::kStages][C::kChunks][kTile][64];
+  alignas(128) uint32_t bits[C::kStages][kHalves][128];
+  int content[C::kStages][kHalves];
+  int rows[C::kQueries][kHalves][kTile];
+  Info info[C::kQueries];
+  float part_ml[2][kTile];
+  uint64_t key_full[C::kStages], value_full[C::kStages], stage_empty[C::kStages];
+  uint64_t query_full[C::kQueries], query_empty[C::kQueries];
+};
+
+// Tells the compiler that all lanes hold the same: products must not lie in divergent branches.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
+// A position in a ring of N buffers and the parity of its barriers' phase.
+template <int N>
+struct Ring {
+  int at = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++at == N) at = 0, parity ^= 1;
+  }
+};
+
+template <typename T, int D>
+__device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
+  using C = Config<D>;
+  const int lane = threadIdx.x % 32;
+  constexpr int kTileBytes = kTile * D * (int)sizeof(T);
+  Ring<C::kStages> stage;
+  Ring<C::kQueries> q;
+  for (int round = 0; round * (int)gridDim.x < a.total; ++round) {
+    // Heavy items come first: every other round runs backwards, so that light ones follow them.
+    const int n = round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+    if (n >= a.total) continue;
+    const int copy = n / (a.together * (int)a.plan.n_items) * a.together + n % a.together;
+    if (copy >= a.copies) continue;
+    const int heads = a.two_heads ? a.heads / 2 : a.heads;
+    const int batch = copy / heads, head = copy % heads * (a.two_heads ? 2 : 1);
+    const int pattern = a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head];
+    const int64_t index = (int64_t)pattern * a.plan.n_items + n / a.together % (int)a.plan.n_items;
+    const int4* item = reinterpret_cast<const int4*>(a.plan.items) + 2 * index;
+    const int4 x = __ldg(item), y = __ldg(item + 1);
+    if (x.x == kNone) continue;
+    const int n_run = x.w, steps = n_run + y.y;
+    const int4* list = reinterpret_cast<const int4*>(a.plan.steps) + 2ll * y.x;
+    const bool paired = !a.two_heads && x.x == x.y;
+    const int kv_head = head / (a.heads / a.kv_heads);
+
+    // The first steps of the list arrive while the queries are asked for.
+    int4 granules = make_int4(0, 0, 0, 0), content = granules;
+    auto load_list = [&](int first) {
+      if (first + lane < y.y) {
+        granules = __ldg(list + 2 * (first + lane));
+        content = __ldg(list + 2 * (first + lane) + 1);
+      }
+    };
+    load_list(0);
+
+    barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
+    const int tiles[kHalves] = {x.x, a.two_heads ? x.x : x.y};
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+      for (int i = lane; i < kTile; i += 32) {
+        int row = tiles[h] == kNone ? -1 : tiles[h] >= 0 ? tiles[h] * kTile + i
+                                                         : __ldg(a.plan.rows + (-1 - tiles[h]) * kTile + i);
+        s.rows[q.at][h][i] = row < a.q_len ? row : -1;
+      }
+    if (lane == 0)
+      s.info[q.at] = {batch, head, y.z, steps, paired, 0, {1, tiles[1] != kNone}};
+    __syncwarp();
+    const int queries = paired || tiles[1] == kNone ? 1 : 2;
+    if (lane == 0) barrier_expect(&s.query_full[q.at], queries * kTileBytes);
+    __syncwarp();
+    for (int h = 0; h < queries; ++h) {
+      const int of = head + (a.two_heads ? h : 0);
+      if (tiles[h] >= 0) {
+        if (lane < C::kChunks)
+          load_box(s.query[q.at][h][lane], &maps.query, &s.query_full[q.at], 64 * lane, tiles[h] * kTile, of,
+                   batch);
+      } else {
+        for (int i = lane; i < kTile * C::kChunks; i += 32) {
+          const int row = s.rows[q.at][h][i % kTile];
+          load_box(s.query[q.at][h][i / kTile][i % kTile], &maps.query_row, &s.query_full[q.at],
+                   i / kTile * 64, row < 0 ? a.q_len : row, of, batch);
+        }
+      }
+    }
+    q.next();
+
+    for (int i = 0; i < steps; ++i) {
+      int g[4], c[2];
+      bool whole = true;
+      if (i < n_run) {
+        g[0] = x.z + i * kTile;
+        c[0] = c[1] = kFull;
+      } else {
+        const int at = (i - n_run) % 32;
+        if (at == 0 && i > n_run) load_list(i - n_run);
+        g[0] = __shfl_sync(~0u, granules.x, at), g[1] = __shfl_sync(~0u, granules.y, at);
+        g[2] = __shfl_sync(~0u, granules.z, at), g[3] = __shfl_sync(~0u, granules.w, at);
+        c[0] = __shfl_sync(~0u, content.x, at), c[1] = __shfl_sync(~0u, content.y, at);
+        whole = g[1] == g[0] + 16 && g[2] == g[0] + 32 && g[3] == g[0] + 48;
+      }
+      barrier_wait(&s.stage_empty[stage.at], stage.parity ^ 1);
+      if (lane == 0) {
+        int bytes = kTileBytes;
+        uint64_t* full = &s.key_full[stage.at];
+        s.content[stage.at][0] = c[0];
+        s.content[stage.at][1] = c[1];
+        const bool own = c[1] >= 0 && c[1] != c[0];
+        barrier_expect(full, bytes + (c[0] >= 0 ? 512 : 0) + (own ? 512 : 0));
+        if (c[0] >= 0) load_bytes(s.bits[stage.at][0], a.plan.bits + 128ll * c[0], 512, full);
+        if (own) load_bytes(s.bits[stage.at][1], a.plan.bits + 128ll * c[1], 512, full);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          T(*to)[kTile][64] = part ? s.value[stage.at] : s.key[stage.at];
+          const CUtensorMap* all = part ? &maps.value : &maps.key;
+          const CUtensorMap* granule = part ? &maps.value_granule : &maps.key_granule;
+          if (part) {
+            full = &s.value_full[stage.at];
+            barrier_expect(full, bytes);
+          }
+#pragma unroll
+          for (int chunk = 0; chunk < C::kChunks; ++chunk) {
+            if (whole) {
+              load_box(to[chunk], all, full, 64 * chunk, g[0], kv_head, batch);
+            } else {
+#pragma unroll
+              for (int j = 0; j < 4; ++j)
+                load_box(to[chunk][j * kGranule], granule, full, 64 * chunk, g[j], kv_head, batch);
+            }
+          }
+        }
+      }
+      __syncwarp();
+      stage.next();
+    }
+  }
+  barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
+  if (lane == 0) {
+    s.info[q.at].stop = 1;
+    barrier_arrive(&s.query_full[q.at]);
+  }
+}
+
+template <typename T, int D>
+__device__ void consume(const Arguments& a, Shared<T, D>& s) {
+  using C = Config<D>;
+  constexpr int kChunkBytes = kTile * 64 * (int)sizeof(T);
+  const int half = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int own_row = thread / 32 * 16 + lane / 4;
+  const float scale = a.scale * kLog2e;
+  Ring<C::kStages> stage;
+  Ring<C::kQueries> q;
+  auto release = [&](int at) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.stage_empty[at]);
+  };
+
+  for (;; q.next()) {
+    barrier_wait(&s.query_full[q.at], q.parity);
+    const Info& shared = s.info[q.at];
+    if (uniform(shared.stop)) return;
+    const int batch = uniform(shared.batch), first_head = uniform(shared.head), slot = uniform(shared.slot);
+    const int steps = uniform(shared.steps), paired = uniform(shared.paired);
+    const bool active = uniform(shared.active[half]);
+    const uint64_t queries = tile_descriptor(s.query[q.at][paired ? 0 : half], 0);
+    int step = -1, content = kFull;
+    Ring<C::kStages> ahead = stage;
+
+    // Moves to the next step that this half computes, and waits for its keys.
+    auto advance = [&]() {
+      while (++step < steps) {
+        stage = ahead;
+        ahead.next();
+        barrier_wait(&s.key_full[stage.at], stage.parity);
+        content = uniform(s.content[stage.at][half]);
+        if (active && !(paired && step % 2 != half) && content != kEmpty) return true;
+        release(stage.at);
+      }
+      return false;
+    };
+    float scores[32], o[D / 2];
+    auto issue_scores = [&]() {
+      const uint64_t keys = tile_descriptor(s.key[stage.at], 0);
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        const int offset = (i / 4 * kChunkBytes + i % 4 * 32) >> 4;
+        product_ss<T>(scores, queries + offset, keys + offset, i > 0);
+      }
+      wgmma_commit();
+    };
+    uint32_t weights[16];
+    auto issue_values = [&](const Ring<C::kStages>& of) {
+      barrier_wait(&s.value_full[of.at], of.parity);
+      const uint64_t values = tile_descriptor(s.value[of.at], kChunkBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        product_rs<T, D>(o, weights + 4 * i, values + (i * kGranule * 128 >> 4));
+      wgmma_commit();
+    };
+    auto mask = [&]() {
+      if (content != kFull)
+        apply_bits(scores, s.bits[stage.at][content == s.content[stage.at][0] ? 0 : half][thread]);
+    };
+    auto pack_weights = [&]() {
+#pragma unroll
+      for (int i = 0; i < 16; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+    };
+
+    Softmax softmax;
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    if constexpr (C::kOverlap) {
+      if (advance()) {
+        wgmma_fence();
+        issue_scores();
+        wgmma_wait<0>();
+        pin(scores);
+        mask();
+        softmax.update(scores, scale, factor);
+        softmax.weigh<T>(scores, scale);
+        pack_weights();
+        Ring<C::kStages> pending = stage;
+        while (advance()) {
+          pin(o);
+          wgmma_fence();
+          issue_scores();
+          issue_values(pending);
+          wgmma_wait<1>();
+          pin(scores);
+          mask();
+          const bool rescale = softmax.update(scores, scale, factor);
+          softmax.weigh<T>(scores, scale);
+          wgmma_wait<0>();
+          pin(o);
+          release(pending.at);
+          if (rescale) scale_rows(o, factor);
+          pack_weights();
+          pending = stage;
+        }
+        pin(o);
+        wgmma_fence();
+        issue_values(pending);
+        wgmma_wait<0>();
+        pin(o);
+        release(pending.at);
+      }
+    } else {
+      while (advance()) {
+        wgmma_fence();
+        issue_scores();
+        wgmma_wait<0>();
+        pin(scores);
+        mask();
+        if (softmax.update(scores, scale, factor)) scale_rows(o, factor);
+        softmax.weigh<T>(scores, scale);
+        pack_weights();
+        pin(o);
+        wgmma_fence();
+        issue_values(stage);
+        wgmma_wait<0>();
+        pin(o);
+        release(stage.at);
+      }
+    }
+    stage = ahead;
+
+    const int row[2] = {s.rows[q.at][half][own_row], s.rows[q.at][half][own_row + 8]};
+    softmax.l[0] = quad_sum(softmax.l[0]);
+    softmax.l[1] = quad_sum(softmax.l[1]);
+    if (paired) {
+      float4* part = reinterpret_cast<float4*>(s.query[q.at]) + thread;
+      named_barrier(1, kConsumers);
+      if (half == 1) {
+#pragma unroll
+        for (int i = 0; i < D / 2; i += 4) part[i / 4 * 128] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
+        if (lane % 4 == 0)
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            s.part_ml[0][own_row + 8 * r] = softmax.m[r];
+            s.part_ml[1][own_row + 8 * r] = softmax.l[r];
+          }
+      }
+      named_barrier(1, kConsumers);
+      if (half == 0) {
+        Softmax other;
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          other.m[r] = s.part_ml[0][own_row + 8 * r];
+          other.l[r] = s.part_ml[1][own_row + 8 * r];
+        }
+        combine(softmax, o, other, reinterpret_cast<const float*>(part), 4 * 128, scale);
+      }
+      fence_async_proxy();
+    }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.query_empty[q.at]);
+    if (!active || (paired && half == 1)) continue;
+
+    const int head = first_head + (a.two_heads ? half : 0);
+    const int64_t pair = (int64_t)batch * a.heads + head;
+    if (slot >= 0) {
+      const int own = slot + (a.two_heads || paired ? 0 : half);
+      float* part = a.part + (pair * a.plan.slots + own) * (kTile * (D + 2));
+#pragma unroll
+      for (int i = 0; i < D / 2; i += 4)
+        reinterpret_cast<float4*>(part)[i / 4 * 128 + thread] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
+      if (lane % 4 == 0)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          part[kTile * D + own_row + 8 * r] = softmax.m[r];
+          part[kTile * D + kTile + own_row + 8 * r] = softmax.l[r];
+        }
+    } else {
+      T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
+      store_rows<T>(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, out, (int64_t)a.heads * D,
+                    a.lse + pair * a.q_len);
+    }
+  }
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads, Config<D>::kBlocks)
+    block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
+  extern __shared__ unsigned char memory[];
+  // The start of dynamic shared memory is not aligned by itself.
+  auto& s = *reinterpret_cast<Shared<T, D>*>(memory + (-shared_address(memory) & 1023));
+  using C = Config<D>;
+  if (threadIdx.x == kConsumers) {
+    prefetch_map(&maps.query);
+    prefetch_map(&maps.key);
+    prefetch_map(&maps.value);
+    for (int i = 0; i < C::kStages; ++i) {
+      barrier_init(&s.key_full[i], 1);
+      barrier_init(&s.value_full[i], 1);
+      barrier_init(&s.stage_empty[i], 4 * kHalves);
+    }
+    for (int i = 0; i < C::kQueries; ++i) {
+      barrier_init(&s.query_full[i], 1);
+      barrier_init(&s.query_empty[i], 4 * kHalves);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (uniform(threadIdx.x / 32) >= kConsumers / 32)
+    produce<T, D>(maps, a, s);
+  else
+    consume<T, D>(a, s);
+}
+
+// Combines the pieces of a row tile, in order.
+template <typename T, int D>
+__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Arguments a) {
+  const int thread = threadIdx.x, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
+  const int head = blockIdx.x % a.heads, batch = blockIdx.x / a.heads;
+  const int pattern = a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head];
+  const int4 merge =
+      reinterpret_cast<const int4*>(a.plan.merges)[(int64_t)pattern * a.plan.n_merges + blockIdx.y];
+  if (merge.x == kNone) return;
+  int row[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int i = own_row + 8 * r;
+    row[r] = merge.x >= 0 ? merge.x * kTile + i : a.plan.rows[(-1 - merge.x) * kTile + i];
+    if (row[r] >= a.q_len) row[r] = -1;
+  }
+  const float scale = a.scale * kLog2e;
+  Softmax total;
+  float o[D / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) o[i] = 0;
+  cudaGridDependencySynchronize();
+  for (int i = 0; i < merge.z; ++i) {
+    const float* part =
+        a.part + ((int64_t)blockIdx.x * a.plan.slots + merge.y + i * merge.w) * (kTile * (D + 2));
+    Softmax piece;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      piece.m[r] = part[kTile * D + own_row + 8 * r];
+      piece.l[r] = part[kTile * D + kTile + own_row + 8 * r];
+    }
+    combine(total, o, piece, part + 4 * thread, 4 * 128, scale);
+  }
+  T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
+  store_rows<T>(total, o, row, scale, a.sinks ? a.sinks + head : nullptr, out, (int64_t)a.heads * D,
+                a.lse + (int64_t)blockIdx.x * a.q_len);
+}
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+Encode find_encode() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) !=
+      cudaSuccess)
+    return nullptr;
+  return reinterpret_cast<Encode>(found);
+}
+
+template <typename T>
+bool make_map(CUtensorMap& map, Encode encode, const void* data, const Strides3& strides, int64_t columns,
+              int64_t rows, int64_t heads, int64_t batch, int box_rows) {
+  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const cuuint64_t sizes[4] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)heads, (cuuint64_t)batch};
+  auto bytes = [](int64_t stride, int64_t size) { return size == 1 ? 16 : (cuuint64_t)stride * sizeof(T); };
+  const cuuint64_t far[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
+  const cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
+  return encode(&map, type, 4, const_cast<void*>(data), sizes, far, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <typename T, int D>
+const char* run(const Problem& p, cudaStream_t stream) {
+  static const Encode encode = find_encode();
+  if (!encode) return "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
+  Maps maps;
+  const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, kTile) &&
+                    make_map<T>(maps.query_row, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, 1) &&
+                    make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
+                    make_map<T>(maps.key_granule, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&
+                    make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
+                    make_map<T>(maps.value_granule, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kGranule);
+  if (!fits) return "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
+  const int64_t copies = p.batch * p.heads / (p.two_heads ? 2 : 1);
+  const int64_t groups = (copies + p.together - 1) / p.together;
+  const Arguments a = {p.sinks,
+                       p.out,
+                       p.lse,
+                       p.workspace,
+                       (int)p.heads,
+                       (int)p.kv_heads,
+                       (int)copies,
+                       (int)p.together,
+                       (int)(groups * p.together * p.plan.n_items),
+                       (int)p.q_len,
+                       (int)p.two_heads,
+                       (float)p.scale,
+                       p.plan};
+  constexpr int bytes = (int)sizeof(Shared<T, D>) + 1024;
+  static bool ready[64] = {};
+  if (!ready[p.device]) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(block_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    ready[p.device] = true;
+  }
+  block_kernel<T, D><<<(unsigned)p.grid, kThreads, bytes, stream>>>(maps, a);
+  if (p.plan.slots > 0) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges);
+    config.blockDim = dim3(128);
+    config.stream = stream;
+    cudaLaunchAttribute early;
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    cudaLaunchKernelEx(&config, merge_kernel<T, D>, a);
+  }
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace stof
+
+extern "C" const char* stof_run(const stof::Problem* problem, void* stream) {
+  return stof::run<STOF_DTYPE, STOF_HEAD_DIM>(*problem, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int64_t stof_problem_bytes() { return sizeof(stof::Problem); }

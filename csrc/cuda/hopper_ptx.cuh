@@ -1,0 +1,156 @@
+// Hopper instructions that CUDA C++ has no names for: barriers, bulk copies, warpgroup products.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace stof {
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Barrier inits, or shared memory that ordinary stores wrote, before the copy engine uses them.
+__device__ __forceinline__ void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+__device__ __forceinline__ void fence_async_proxy() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// One box of a tensor [batch, head, row, column].
+__device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint64_t* barrier, int column,
+                                         int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() {
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+template <int Pending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
+}
+
+// Keeps the compiler from moving accesses to accumulators over a wait.
+template <int N>
+__device__ __forceinline__ void pin(float (&x)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+
+// Descriptor of a tile in shared memory whose rows of 128 bytes are swizzled in groups of 8 rows.
+// far: bytes from one chunk of 64 columns to the next, where a transposed operand has several.
+__device__ __forceinline__ uint64_t tile_descriptor(const void* tile, int far) {
+  const uint64_t address = (shared_address(tile) & 0x3ffff) >> 4;
+  return address | (uint64_t)(far >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
+}
+
+#define STOF_ACC8(d, i)                                                                              \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),        \
+      "+f"(d[i + 6]), "+f"(d[i + 7])
+#define STOF_ACC32(d, i) STOF_ACC8(d, i), STOF_ACC8(d, i + 8), STOF_ACC8(d, i + 16), STOF_ACC8(d, i + 24)
+#define STOF_LIST8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define STOF_LIST32                                                                                  \
+  STOF_LIST8                                                                                         \
+  ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, "  \
+  "%27, %28, %29, %30, %31"
+#define STOF_LIST64                                                                                  \
+  STOF_LIST32                                                                                        \
+  ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "     \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+
+// d[64 x 64] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous.
+template <typename T>
+__device__ __forceinline__ void product_ss(float (&d)[32], uint64_t a, uint64_t b, bool add) {
+#define STOF_SS(type)                                                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                          \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" STOF_LIST32          \
+               "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                    \
+               : STOF_ACC32(d, 0)                                                                    \
+               : "l"(a), "l"(b), "r"((int)add))
+  if constexpr (std::is_same_v<T, __half>)
+    STOF_SS("f16");
+  else
+    STOF_SS("bf16");
+#undef STOF_SS
+}
+
+// d[64 x N] += a b, 16 rows of b deep; a in registers, b in shared memory with contiguous columns.
+template <typename T, int N>
+__device__ __forceinline__ void product_rs(float (&d)[N / 2], const uint32_t* a, uint64_t b) {
+#define STOF_RS(n, type, list, a0, a1, a2, a3, at, ...)                                              \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list              \
+               "}, {" a0 ", " a1 ", " a2 ", " a3 "}, " at ", 1, 1, 1, 1;\n"                          \
+               : __VA_ARGS__                                                                         \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+  if constexpr (N == 64) {
+    if constexpr (std::is_same_v<T, __half>)
+      STOF_RS("64", "f16", STOF_LIST32, "%32", "%33", "%34", "%35", "%36", STOF_ACC32(d, 0));
+    else
+      STOF_RS("64", "bf16", STOF_LIST32, "%32", "%33", "%34", "%35", "%36", STOF_ACC32(d, 0));
+  } else {
+    static_assert(N == 128);
+    if constexpr (std::is_same_v<T, __half>)
+      STOF_RS("128", "f16", STOF_LIST64, "%64", "%65", "%66", "%67", "%68", STOF_ACC32(d, 0),
+              STOF_ACC32(d, 32));
+    else
+      STOF_RS("128", "bf16", STOF_LIST64, "%64", "%65", "%66", "%67", "%68", STOF_ACC32(d, 0),
+              STOF_ACC32(d, 32));
+  }
+#undef STOF_RS
+}
+
+}  // namespace stof

@@ -1,0 +1,78 @@
+// What a call of the CUDA kernels is given. Every kernel library is plain C towards the outside: it
+// knows nothing of torch, and exports
+//
+//   const char* stof_run(const stof::Problem*, void* stream);   // null, or what went wrong
+//   int64_t stof_problem_bytes();                               // sizeof(Problem), checked by the caller
+//
+// The pointers of the first block are filled in by the binding at every call; the rest is prepared
+// once per shape and mask (stof_hf/attention/cuda.py packs it).
+#pragma once
+
+#include <cstdint>
+
+namespace stof {
+
+struct Strides3 {
+  int64_t batch, head, row;  // in elements
+};
+
+// A list of what blocks of query rows stream, made by stof_hf/attention/plan.py (class GranulePlan).
+//
+// Row tile: 64 query rows. Tile t >= 0 holds rows 64 t .. 64 t + 63; tile t < 0 is virtual, and its
+// rows are listed in rows[-1 - t][64] (-1: no row), so that rows which see far more keys than their
+// neighbours can share a tile.
+//
+// Item, 8 ints: row tile of half 0, row tile of half 1, first key and number of steps of the full
+// run, first entry and number of listed steps, slot (-1: whole), reserved. Each half is 64 rows, computed by one
+// warpgroup. Tile kNone: the item (half 0) or the half (half 1) is empty. Where both halves name the
+// same tile, they share its steps: half h takes those with index % 2 == h, counted through the full
+// run and the list, and their results are combined. slot >= 0: the item is a piece of its rows' keys;
+// fp32 partial results go to the workspace and are combined by the merge kernel.
+//
+// Step, 8 ints: the first keys of 4 granules of 16 keys each, then for each half what it sees of
+// these 64 keys: kFull, kEmpty, or an index into bits. Unused granules repeat a used one with zero
+// bits. A step of the full run covers 64 consecutive keys, all of them seen by both halves.
+//
+// Bits, 128 words for 64 rows x 64 keys in the order of the tensor cores' accumulators: word
+// 32 w + l belongs to lane l of warp w; its bit 4 j + 2 r + c to row 16 w + l / 4 + 8 r and key
+// 8 j + 2 (l % 4) + c of the step.
+//
+// Merge, 4 ints: row tile (kNone: no entry), first slot, number of pieces, slots between them.
+struct Plan {
+  const int32_t* items;   // [patterns][n_items][8], heaviest first
+  const int32_t* steps;   // [n][8]
+  const uint32_t* bits;   // [n][128]
+  const int32_t* rows;    // [n][64]
+  const int32_t* merges;  // [patterns][n_merges][4]
+  const int32_t* pattern_id;              // of batch element and head
+  int64_t pattern_batch, pattern_head;    // its strides, 0 where it broadcasts
+  int64_t n_items, n_merges, slots;       // slots: pieces of one head
+};
+
+constexpr int32_t kNone = INT32_MIN, kFull = -1, kEmpty = -2;
+
+struct Problem {
+  const void* query;         // [B, H, Sq, D]
+  const void* key;           // [B, Hkv, Sk, D]
+  const void* value;         // [B, Hkv, Sk, Dv]
+  void* out;                 // [B, Sq, H, Dv], contiguous
+  float* lse;                // [B, H, Sq]
+  float* workspace;          // workspace_bytes, or null
+  const uint64_t* kv_valid;  // [B, ceil(Sk / 64)]: padding as bits, or null
+  const void* bias;          // broadcast to [B, H, Sq, Sk] by strides of 0, or null
+  const float* sinks;        // [H], or null
+
+  Strides3 q, k, v;
+  int64_t bias_batch, bias_head, bias_row, bias_col, bias_dtype;
+  int64_t valid_batch;  // stride of kv_valid, 0 where it broadcasts
+  int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
+  int64_t workspace_bytes;
+  // The launch: thread blocks, (batch, head) pairs that run together so that their keys stay in L2,
+  // and whether the halves of a block are two heads of one group (else two row tiles of one head).
+  int64_t grid, together, two_heads;
+  int64_t device;
+  double scale, softcap;
+  Plan plan;
+};
+
+}  // namespace stof

@@ -1,0 +1,114 @@
+"""The work list of the CUDA kernels against its mask, by following it step by step."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import cases
+
+from stof_hf import SparseMask, patterns
+from stof_hf.attention.granules import NONE, GranulePlan, Layout, granule_plan
+from stof_hf.masks.sparse_mask import EMPTY, FULL
+
+LAYOUTS = {"rows": Layout(2, False), "heads": Layout(1, False), "paired": Layout(1, True)}
+
+
+def words_of(fragments: np.ndarray) -> np.ndarray:
+    """bool [64, 64] of one content in fragment order."""
+    out = np.zeros((64, 64), bool)
+    thread = np.arange(128)
+    for j in range(8):
+        for r in range(2):
+            for c in range(2):
+                bit = fragments.view(np.uint32) >> (4 * j + 2 * r + c) & 1
+                row = thread // 32 * 16 + thread % 32 // 4 + 8 * r
+                out[row, 8 * j + 2 * (thread % 4) + c] = bit
+    return out
+
+
+def follow(plan: GranulePlan, layout: Layout, p: int, q_len: int, kv_len: int) -> np.ndarray:
+    """How often pattern p's items compute each pair, [Sq, Sk]; checks what is stored where."""
+    items, steps, merges = (x.numpy() for x in (plan.items, plan.steps, plan.merges))
+    rows, bits = plan.rows.numpy(), plan.bits.numpy()
+    pairs = np.zeros((q_len, -(-kv_len // 64) * 64 + 64), int)
+    stored, slots = np.zeros(q_len, int), {}
+
+    def rows_of(tile):
+        at = tile * 64 + np.arange(64) if tile >= 0 else rows[-1 - tile]
+        return np.where(at < q_len, at, -1)
+
+    for tile0, tile1, first_key, n_run, first, n_list, slot, _ in items[p]:
+        if tile0 == NONE:
+            continue
+        heads = layout == LAYOUTS["heads"]
+        paired = not heads and tile0 == tile1
+        halves = [tile0] if heads or paired else [tile0, tile1]
+        for half, tile in enumerate(halves):
+            if tile == NONE:
+                continue
+            at = rows_of(tile)
+            lanes = np.flatnonzero(at >= 0)
+            for i in range(n_run):
+                keys = first_key + 64 * i + np.arange(64)
+                pairs[np.ix_(at[lanes], keys)] += 1
+            for step in steps[first : first + n_list]:
+                keys = (step[:4, None] + np.arange(16)).reshape(-1)
+                if paired or heads:
+                    assert step[4] == step[5]
+                content = step[4 + half]
+                if content == EMPTY:
+                    continue
+                seen = np.ones((64, 64), bool) if content == FULL else words_of(bits[content])
+                np.add.at(pairs, (at[lanes][:, None], keys[None]), seen[lanes])
+            if slot < 0:
+                stored[at[lanes]] += 1
+            else:
+                slots[slot + half] = tile
+    for tile, slot, count, apart in merges[p]:
+        if tile == NONE:
+            continue
+        for i in range(count):
+            assert slots.pop(slot + i * apart) == tile
+        at = rows_of(tile)
+        stored[at[at >= 0]] += 1
+    assert not slots and (stored == 1).all()
+    assert plan.slots >= 0 and not pairs[:, kv_len:].any()
+    return pairs[:, :kv_len]
+
+
+def check(mask: SparseMask, layout: Layout, copies: int, workers: int) -> GranulePlan:
+    plan = granule_plan(mask, layout, copies, workers)
+    dense = mask.to_dense().numpy()
+    for b in range(mask.pattern_id.shape[0]):
+        for h in range(mask.pattern_id.shape[1]):
+            p = int(mask.pattern_id[b, h])
+            got = follow(plan, layout, p, mask.q_len, mask.kv_len)
+            assert (got == dense[b, h]).all()
+    return plan
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from(sorted(LAYOUTS)), st.sampled_from([1, 8, 300]))
+def test_every_allowed_pair_is_computed_once(case, layout, workers):
+    check(case.mask(padding=False), LAYOUTS[layout], 2, workers)
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("length", [512, 1000])
+def test_rows_of_global_tokens_share_a_tile(layout, length):
+    tokens = (*range(3), 500, 501)
+    mask = SparseMask.from_pattern(patterns.Longformer(40, tokens), length)
+    plan = check(mask, LAYOUTS[layout], 4, 16)
+    gathered = plan.rows.numpy()
+    assert any(set(tokens) == set(row[row >= 0]) for row in gathered)
+
+
+def test_a_stripe_of_keys_costs_its_granules():
+    mask = SparseMask.from_pattern(patterns.Longformer(16, tuple(range(16))), 4096)
+    plan = granule_plan(mask, LAYOUTS["heads"], 1, 10**6)
+    items = plan.items.numpy()[0]
+    ordinary = items[(items[:, 0] > 3) & (items[:, 0] < 60)]
+    # 16 global keys and 64 + 2 * 16 of the band: 112 keys, two steps.
+    assert (ordinary[:, 5] == 2).all()
+    assert torch.unique(plan.steps[:, :4] % 16).tolist() == [0]

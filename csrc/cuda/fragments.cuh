@@ -48,19 +48,24 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Running softmax of two rows a lane: m, the reference that scores are reduced by, follows the
-// largest score only when that has grown by more than 2^8, as FlashAttention 4 does: fp16 holds
-// what exceeds it, and most steps leave the output as it is.
+// largest score only when that has grown by more than `slack`, 8 / scale, as FlashAttention 4 does:
+// fp16 holds weights up to 2^8, and most steps leave the output as it is.
 struct Softmax {
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
 
   // Whether the output must be scaled by `factor` before this step's product is added.
-  __device__ __forceinline__ bool update(const float (&s)[32], float scale, float (&factor)[2]) {
-    float top[2] = {s[0], s[2]};
+  __device__ __forceinline__ bool update(const float (&s)[32], float scale, float slack, float (&factor)[2]) {
+    // Four chains a row: one alone would wait for its own result in every instruction.
+    float chain[2][4];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) top[i / 2 % 2] = fmaxf(top[i / 2 % 2], s[i]);
-    top[0] = quad_max(top[0]);
-    top[1] = quad_max(top[1]);
-    const float slack = 8.f / scale;
+    for (int i = 0; i < 32; ++i) {
+      float& x = chain[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
+      x = i < 8 ? s[i] : fmaxf(x, s[i]);
+    }
+    float top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      top[r] = quad_max(fmaxf(fmaxf(chain[r][0], chain[r][1]), fmaxf(chain[r][2], chain[r][3])));
     const bool grown = top[0] > m[0] + slack || top[1] > m[1] + slack;
     if (!__any_sync(~0u, grown)) return false;
 #pragma unroll
@@ -79,12 +84,15 @@ struct Softmax {
     float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) base[r] = m[r] == -INFINITY ? 0.f : m[r] * scale;
+    float chain[2][2] = {};
 #pragma unroll
     for (int i = 0; i < 32; ++i) {
       const int r = i / 2 % 2;
       s[i] = exp2_fast(fmaf(s[i], scale, -base[r]));
-      l[r] += s[i];
+      chain[r][i % 2] += s[i];
     }
+    l[0] += chain[0][0] + chain[0][1];
+    l[1] += chain[1][0] + chain[1][1];
   }
 };
 
@@ -117,45 +125,48 @@ __device__ __forceinline__ void combine(Softmax& a, float (&o)[N], const Softmax
   }
 }
 
-// Divides by the sums (a sink's weight included) and stores two rows a lane, 16 bytes at a time:
-// the four lanes of a quad exchange their columns first. row < 0: not stored.
-template <typename T, int N>
-__device__ __forceinline__ void store_rows(Softmax& a, float (&o)[N], const int (&row)[2], float scale,
-                                           const float* sink, T* out, int64_t out_row, float* lse) {
-  const int lane = threadIdx.x % 4;
+// Divides by the sums, a sink's weight included, and stores the logarithms of two rows a lane.
+// row < 0: not stored.
+template <int N>
+__device__ __forceinline__ void finish(const Softmax& a, float (&o)[N], const int (&row)[2], float scale,
+                                       const float* sink, float* lse) {
+  float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float total = a.l[r], top = a.m[r] * scale;
+    float total = a.l[r], top = a.m[r] * scale, mine = 1;
     if (sink) {
       const float logit = *sink * kLog2e, base = fmaxf(top, logit);
-      total = total * exp2_fast(top - base) + exp2_fast(logit - base);
-      // The output was summed against `top`.
-      const float factor = exp2_fast(top - base) / total;
+      mine = exp2_fast(top - base);
+      total = total * mine + exp2_fast(logit - base);
       top = base;
-#pragma unroll
-      for (int j = 0; j < N / 4; ++j) o[4 * j + 2 * r] *= factor, o[4 * j + 2 * r + 1] *= factor;
-    } else {
-      const float factor = total > 0 ? 1.f / total : 0.f;
-#pragma unroll
-      for (int j = 0; j < N / 4; ++j) o[4 * j + 2 * r] *= factor, o[4 * j + 2 * r + 1] *= factor;
     }
-    if (row[r] >= 0 && lane == 0)
-      lse[row[r]] = total > 0 ? (top + log2f(total)) * kLn2 : -INFINITY;
+    factor[r] = total > 0 ? __fdividef(mine, total) : 0.f;
+    if (row[r] >= 0 && threadIdx.x % 4 == 0)
+      lse[row[r]] = total > 0 ? (top + __log2f(total)) * kLn2 : -INFINITY;
+  }
+  scale_rows(o, factor);
+}
+
+// Stores two rows a lane, 16 bytes at a time: the four lanes of a quad exchange their columns first.
+template <typename T, int N>
+__device__ __forceinline__ void store_rows(const float (&o)[N], const int (&row)[2], T* out, int64_t out_row) {
+  const int lane = threadIdx.x % 4;
+  const bool odd = lane & 1, upper = lane & 2;
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int j = 0; j < N / 4; j += 4) {
       uint32_t x[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
       // A 4 x 4 transposition within the quad: lane i ends with all of column group j + i.
-      bool odd = lane & 1, upper = lane & 2;
-      uint32_t a0 = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), a1 = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
-      if (odd) x[0] = a0, x[2] = a1; else x[1] = a0, x[3] = a1;
-      a0 = __shfl_xor_sync(~0u, upper ? x[0] : x[2], 2), a1 = __shfl_xor_sync(~0u, upper ? x[1] : x[3], 2);
-      if (upper) x[0] = a0, x[1] = a1; else x[2] = a0, x[3] = a1;
+      uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
+      (odd ? x[0] : x[1]) = a, (odd ? x[2] : x[3]) = b;
+      a = __shfl_xor_sync(~0u, upper ? x[0] : x[2], 2), b = __shfl_xor_sync(~0u, upper ? x[1] : x[3], 2);
+      (upper ? x[0] : x[2]) = a, (upper ? x[1] : x[3]) = b;
       if (row[r] >= 0)
         *reinterpret_cast<uint4*>(out + row[r] * out_row + 8 * (j + lane)) = make_uint4(x[0], x[1], x[2], x[3]);
     }
-  }
 }
 
 }  // namespace stof

@@ -19,17 +19,31 @@ namespace stof {
 namespace {
 
 constexpr int kTile = 64, kGranule = 16, kHalves = 2, kConsumers = 128 * kHalves;
-constexpr int kThreads = kConsumers + 32;
 
 struct Maps {
-  CUtensorMap query, query_row, key, key_granule, value, value_granule;
+  CUtensorMap query, query_row, key, key_granule, value, value_granule, out;
+};
+
+// Division of 0 .. 2^31 - 1 by a number that the host knows.
+struct Divisor {
+  int by, shift;
+  uint32_t factor;
+
+  __host__ explicit Divisor(int64_t n) : by((int)n), shift(0) {
+    while ((1ll << shift) < n) ++shift;
+    factor = (uint32_t)(((1ull << 32) * ((1ull << shift) - n)) / n + 1);
+  }
+  __device__ __forceinline__ int divide(int x) const {
+    return (int)(((uint64_t)__umulhi(x, factor) + x) >> shift);
+  }
 };
 
 struct Arguments {
   const float* sinks;
   void* out;
   float *lse, *part;
-  int heads, kv_heads, copies, together, total, q_len, two_heads;
+  Divisor copies, heads_of, group;  // heads_of: heads, or pairs of them, of a batch element
+  int heads, n_queue, q_len, two_heads;
   float scale;
   Plan plan;
 };
@@ -37,7 +51,7 @@ struct Arguments {
 // What the consumers of a block need to know of an item.
 struct Info {
   int batch, head, slot, steps, paired, stop;
-  int active[kHalves];
+  int tile[kHalves];
 };
 
 template <int D>
@@ -49,6 +63,12 @@ struct Config {
   // Whether a warpgroup computes its softmax while its own product runs: with four warpgroups on a
   // multiprocessor the others keep the tensor cores busy, and registers are short.
   static constexpr bool kOverlap = D == 128;
+  // Whether queries are held in registers: each product would else read as many bytes of them from
+  // shared memory as of the keys.
+  static constexpr bool kHeld = D == 128;
+  // Registers are handed from a producer warpgroup to the consumers (0: one producer warp, as is).
+  static constexpr int kProducerRegisters = D == 128 ? 40 : 0, kConsumerRegisters = 232;
+  static constexpr int kThreads = kConsumers + (kProducerRegisters ? 128 : 32);
 };
 
 template <typename T, int D>
@@ -78,6 +98,32 @@ struct Ring {
   }
 };
 
+struct Item {
+  int4 x, y;
+  int batch, head;
+};
+
+__device__ __forceinline__ int fetch_entry(const Arguments& a, int at) {
+  return at < a.n_queue ? __ldg(a.plan.queue + at) : -1;
+}
+
+__device__ __forceinline__ Item fetch(const Arguments& a, int entry) {
+  Item item;
+  item.x.x = kNone;
+  if (entry < 0) return item;
+  int64_t index = a.copies.divide(entry);
+  const int copy = entry - (int)index * a.copies.by;
+  item.batch = a.heads_of.divide(copy);
+  item.head = (copy - item.batch * a.heads_of.by) * (a.two_heads ? 2 : 1);
+  if (a.plan.pattern_id)
+    index += __ldg(a.plan.pattern_id + item.batch * a.plan.pattern_batch + item.head * a.plan.pattern_head) *
+             a.plan.n_items;
+  const int4* at = reinterpret_cast<const int4*>(a.plan.items) + 2 * index;
+  item.x = __ldg(at);
+  item.y = __ldg(at + 1);
+  return item;
+}
+
 template <typename T, int D>
 __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   using C = Config<D>;
@@ -85,23 +131,21 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   constexpr int kTileBytes = kTile * D * (int)sizeof(T);
   Ring<C::kStages> stage;
   Ring<C::kQueries> q;
-  for (int round = 0; round * (int)gridDim.x < a.total; ++round) {
-    // Heavy items come first: every other round runs backwards, so that light ones follow them.
-    const int n = round * gridDim.x + (round & 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-    if (n >= a.total) continue;
-    const int copy = n / (a.together * (int)a.plan.n_items) * a.together + n % a.together;
-    if (copy >= a.copies) continue;
-    const int heads = a.two_heads ? a.heads / 2 : a.heads;
-    const int batch = copy / heads, head = copy % heads * (a.two_heads ? 2 : 1);
-    const int pattern = a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head];
-    const int64_t index = (int64_t)pattern * a.plan.n_items + n / a.together % (int)a.plan.n_items;
-    const int4* item = reinterpret_cast<const int4*>(a.plan.items) + 2 * index;
-    const int4 x = __ldg(item), y = __ldg(item + 1);
+  Item next = fetch(a, fetch_entry(a, blockIdx.x));
+  int entry = fetch_entry(a, blockIdx.x + gridDim.x);
+  // Only what the plan holds was read so far: it was there before the kernel in front of this one.
+  cudaGridDependencySynchronize();
+  for (int at = blockIdx.x; at < a.n_queue; at += gridDim.x) {
+    const Item now = next;
+    next = fetch(a, entry);
+    entry = fetch_entry(a, at + 2 * gridDim.x);
+    const int4 x = now.x, y = now.y;
     if (x.x == kNone) continue;
+    const int batch = now.batch, head = now.head;
     const int n_run = x.w, steps = n_run + y.y;
     const int4* list = reinterpret_cast<const int4*>(a.plan.steps) + 2ll * y.x;
     const bool paired = !a.two_heads && x.x == x.y;
-    const int kv_head = head / (a.heads / a.kv_heads);
+    const int kv_head = a.group.divide(head);
 
     // The first steps of the list arrive while the queries are asked for.
     int4 granules = make_int4(0, 0, 0, 0), content = granules;
@@ -123,12 +167,14 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         s.rows[q.at][h][i] = row < a.q_len ? row : -1;
       }
     if (lane == 0)
-      s.info[q.at] = {batch, head, y.z, steps, paired, 0, {1, tiles[1] != kNone}};
+      s.info[q.at] = {batch, head, y.z, steps, paired, 0, {tiles[0], tiles[1]}};
     __syncwarp();
     const int queries = paired || tiles[1] == kNone ? 1 : 2;
     if (lane == 0) barrier_expect(&s.query_full[q.at], queries * kTileBytes);
     __syncwarp();
-    for (int h = 0; h < queries; ++h) {
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h) {
+      if (h == queries) break;
       const int of = head + (a.two_heads ? h : 0);
       if (tiles[h] >= 0) {
         if (lane < C::kChunks)
@@ -201,12 +247,12 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
 }
 
 template <typename T, int D>
-__device__ void consume(const Arguments& a, Shared<T, D>& s) {
+__device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   using C = Config<D>;
   constexpr int kChunkBytes = kTile * 64 * (int)sizeof(T);
   const int half = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4;
-  const float scale = a.scale * kLog2e;
+  const float scale = a.scale * kLog2e, slack = 8.f / scale;
   Ring<C::kStages> stage;
   Ring<C::kQueries> q;
   auto release = [&](int at) {
@@ -220,7 +266,8 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
     if (uniform(shared.stop)) return;
     const int batch = uniform(shared.batch), first_head = uniform(shared.head), slot = uniform(shared.slot);
     const int steps = uniform(shared.steps), paired = uniform(shared.paired);
-    const bool active = uniform(shared.active[half]);
+    const int tile = uniform(shared.tile[half]);
+    const bool active = tile != kNone;
     const uint64_t queries = tile_descriptor(s.query[q.at][paired ? 0 : half], 0);
     int step = -1, content = kFull;
     Ring<C::kStages> ahead = stage;
@@ -238,12 +285,23 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
       return false;
     };
     float scores[32], o[D / 2];
+    uint32_t held[C::kHeld ? D / 16 : 1][4];
+    if constexpr (C::kHeld) {
+      const int row = thread / 32 * 16 + lane % 16;
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i)
+        load_matrices(held[i],
+                      &s.query[q.at][paired ? 0 : half][i / 4][row][((i % 4 * 2 + lane / 16) ^ (row % 8)) * 8]);
+    }
     auto issue_scores = [&]() {
       const uint64_t keys = tile_descriptor(s.key[stage.at], 0);
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         const int offset = (i / 4 * kChunkBytes + i % 4 * 32) >> 4;
-        product_ss<T>(scores, queries + offset, keys + offset, i > 0);
+        if constexpr (C::kHeld)
+          product_rs<T>(scores, held[i], keys + offset, i > 0);
+        else
+          product_ss<T>(scores, queries + offset, keys + offset, i > 0);
       }
       wgmma_commit();
     };
@@ -276,7 +334,7 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
         wgmma_wait<0>();
         pin(scores);
         mask();
-        softmax.update(scores, scale, factor);
+        softmax.update(scores, scale, slack, factor);
         softmax.weigh<T>(scores, scale);
         pack_weights();
         Ring<C::kStages> pending = stage;
@@ -288,7 +346,7 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
           wgmma_wait<1>();
           pin(scores);
           mask();
-          const bool rescale = softmax.update(scores, scale, factor);
+          const bool rescale = softmax.update(scores, scale, slack, factor);
           softmax.weigh<T>(scores, scale);
           wgmma_wait<0>();
           pin(o);
@@ -311,7 +369,7 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
         wgmma_wait<0>();
         pin(scores);
         mask();
-        if (softmax.update(scores, scale, factor)) scale_rows(o, factor);
+        if (softmax.update(scores, scale, slack, factor)) scale_rows(o, factor);
         softmax.weigh<T>(scores, scale);
         pack_weights();
         pin(o);
@@ -349,16 +407,15 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
           other.l[r] = s.part_ml[1][own_row + 8 * r];
         }
         combine(softmax, o, other, reinterpret_cast<const float*>(part), 4 * 128, scale);
+        named_barrier(2, 128);
       }
       fence_async_proxy();
     }
-    __syncwarp();
-    if (lane == 0) barrier_arrive(&s.query_empty[q.at]);
-    if (!active || (paired && half == 1)) continue;
-
     const int head = first_head + (a.two_heads ? half : 0);
     const int64_t pair = (int64_t)batch * a.heads + head;
-    if (slot >= 0) {
+    // Half 0 has the result of both where they share a row tile.
+    const bool stores = active && !(paired && half == 1);
+    if (stores && slot >= 0) {
       const int own = slot + (a.two_heads || paired ? 0 : half);
       float* part = a.part + (pair * a.plan.slots + own) * (kTile * (D + 2));
 #pragma unroll
@@ -370,16 +427,37 @@ __device__ void consume(const Arguments& a, Shared<T, D>& s) {
           part[kTile * D + own_row + 8 * r] = softmax.m[r];
           part[kTile * D + kTile + own_row + 8 * r] = softmax.l[r];
         }
-    } else {
-      T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
-      store_rows<T>(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, out, (int64_t)a.heads * D,
-                    a.lse + pair * a.q_len);
+    } else if (stores) {
+      finish(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse + pair * a.q_len);
+      if (tile >= 0) {
+        // The warp's own query rows are no longer needed: its results take their place.
+        const int first = thread / 32 * 16;
+#pragma unroll
+        for (int j = 0; j < D / 16; ++j) {
+          const float* x = o + 8 * j;
+          store_matrices(&s.query[q.at][half][j / 4][first + lane % 16][((j % 4 * 2 + lane / 16) ^ (lane % 8)) * 8],
+                         pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
+        }
+        fence_async_proxy();
+        __syncwarp();
+        if (lane == 0) {
+#pragma unroll
+          for (int c = 0; c < C::kChunks; ++c)
+            store_box(&maps.out, s.query[q.at][half][c][first], 64 * c, tile * kTile + first, head, batch);
+          wait_boxes_read();
+        }
+      } else {
+        T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
+        store_rows<T>(o, row, out, (int64_t)a.heads * D);
+      }
     }
+    __syncwarp();
+    if (lane == 0) barrier_arrive(&s.query_empty[q.at]);
   }
 }
 
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads, Config<D>::kBlocks)
+__global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
     block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
   extern __shared__ unsigned char memory[];
   // The start of dynamic shared memory is not aligned by itself.
@@ -401,10 +479,14 @@ __global__ void __launch_bounds__(kThreads, Config<D>::kBlocks)
     fence_barrier_init();
   }
   __syncthreads();
-  if (uniform(threadIdx.x / 32) >= kConsumers / 32)
-    produce<T, D>(maps, a, s);
-  else
-    consume<T, D>(a, s);
+  const int warp = uniform(threadIdx.x / 32);
+  if (warp >= kConsumers / 32) {
+    if constexpr (C::kProducerRegisters > 0) registers_down<C::kProducerRegisters>();
+    if (warp == kConsumers / 32) produce<T, D>(maps, a, s);
+  } else {
+    if constexpr (C::kProducerRegisters > 0) registers_up<C::kConsumerRegisters>();
+    consume<T, D>(maps, a, s);
+  }
 }
 
 // Combines the pieces of a row tile, in order.
@@ -412,7 +494,8 @@ template <typename T, int D>
 __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Arguments a) {
   const int thread = threadIdx.x, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
   const int head = blockIdx.x % a.heads, batch = blockIdx.x / a.heads;
-  const int pattern = a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head];
+  const int pattern =
+      a.plan.pattern_id ? a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head] : 0;
   const int4 merge =
       reinterpret_cast<const int4*>(a.plan.merges)[(int64_t)pattern * a.plan.n_merges + blockIdx.y];
   if (merge.x == kNone) return;
@@ -441,8 +524,8 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Argu
     combine(total, o, piece, part + 4 * thread, 4 * 128, scale);
   }
   T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
-  store_rows<T>(total, o, row, scale, a.sinks ? a.sinks + head : nullptr, out, (int64_t)a.heads * D,
-                a.lse + (int64_t)blockIdx.x * a.q_len);
+  finish(total, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse + (int64_t)blockIdx.x * a.q_len);
+  store_rows<T>(o, row, out, (int64_t)a.heads * D);
 }
 
 using Encode = decltype(&cuTensorMapEncodeTiled);
@@ -474,24 +557,25 @@ const char* run(const Problem& p, cudaStream_t stream) {
   static const Encode encode = find_encode();
   if (!encode) return "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
   Maps maps;
+  const Strides3 out = {p.q_len * p.heads * D, D, p.heads * D};
   const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, kTile) &&
                     make_map<T>(maps.query_row, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, 1) &&
                     make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
                     make_map<T>(maps.key_granule, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&
                     make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
-                    make_map<T>(maps.value_granule, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kGranule);
+                    make_map<T>(maps.value_granule, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&
+                    make_map<T>(maps.out, encode, p.out, out, D, p.q_len, p.heads, p.batch, 16);
   if (!fits) return "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
   const int64_t copies = p.batch * p.heads / (p.two_heads ? 2 : 1);
-  const int64_t groups = (copies + p.together - 1) / p.together;
   const Arguments a = {p.sinks,
                        p.out,
                        p.lse,
                        p.workspace,
+                       Divisor(copies),
+                       Divisor(p.heads / (p.two_heads ? 2 : 1)),
+                       Divisor(p.heads / p.kv_heads),
                        (int)p.heads,
-                       (int)p.kv_heads,
-                       (int)copies,
-                       (int)p.together,
-                       (int)(groups * p.together * p.plan.n_items),
+                       (int)p.plan.n_queue,
                        (int)p.q_len,
                        (int)p.two_heads,
                        (float)p.scale,
@@ -504,17 +588,21 @@ const char* run(const Problem& p, cudaStream_t stream) {
     if (error != cudaSuccess) return cudaGetErrorString(error);
     ready[p.device] = true;
   }
-  block_kernel<T, D><<<(unsigned)p.grid, kThreads, bytes, stream>>>(maps, a);
+  cudaLaunchAttribute early;
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((unsigned)p.grid);
+  config.blockDim = dim3(Config<D>::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cudaLaunchKernelEx(&config, block_kernel<T, D>, maps, a);
   if (p.plan.slots > 0) {
-    cudaLaunchConfig_t config = {};
     config.gridDim = dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges);
     config.blockDim = dim3(128);
-    config.stream = stream;
-    cudaLaunchAttribute early;
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = 1;
+    config.dynamicSmemBytes = 0;
     cudaLaunchKernelEx(&config, merge_kernel<T, D>, a);
   }
   const cudaError_t error = cudaGetLastError();

@@ -53,6 +53,15 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+template <int N>
+__device__ __forceinline__ void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+}
+template <int N>
+__device__ __forceinline__ void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -65,6 +74,18 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
       "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch)
       : "memory");
+}
+
+__device__ __forceinline__ void store_box(const CUtensorMap* map, const void* from, int column, int row,
+                                          int head, int batch) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
+               "r"(shared_address(from)), "r"(column), "r"(row), "r"(head), "r"(batch)
+               : "memory");
+}
+
+// Waits until the boxes that this thread stores have been read from shared memory.
+__device__ __forceinline__ void wait_boxes_read() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
 }
 
 __device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
@@ -98,6 +119,19 @@ __device__ __forceinline__ uint64_t tile_descriptor(const void* tile, int far) {
   return address | (uint64_t)(far >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 | 1ull << 62;
 }
 
+// Four 8 x 8 matrices of 2-byte elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 #define STOF_ACC8(d, i)                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),        \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -126,6 +160,22 @@ __device__ __forceinline__ void product_ss(float (&d)[32], uint64_t a, uint64_t 
   else
     STOF_SS("bf16");
 #undef STOF_SS
+}
+
+// The same with a in registers.
+template <typename T>
+__device__ __forceinline__ void product_rs(float (&d)[32], const uint32_t* a, uint64_t b, bool add) {
+#define STOF_RS(type)                                                                                \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                          \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" STOF_LIST32          \
+               "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                      \
+               : STOF_ACC32(d, 0)                                                                    \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"((int)add))
+  if constexpr (std::is_same_v<T, __half>)
+    STOF_RS("f16");
+  else
+    STOF_RS("bf16");
+#undef STOF_RS
 }
 
 // d[64 x N] += a b, 16 rows of b deep; a in registers, b in shared memory with contiguous columns.

@@ -37,16 +37,20 @@ struct Strides3 {
 // 32 w + l belongs to lane l of warp w; its bit 4 j + 2 r + c to row 16 w + l / 4 + 8 r and key
 // 8 j + 2 (l % 4) + c of the step.
 //
+// Queue: entry i is taken by thread block i % grid; item * copies + copy, or -1. A copy is a (batch
+// element, head) or, where the halves are two heads, a pair of heads.
+//
 // Merge, 4 ints: row tile (kNone: no entry), first slot, number of pieces, slots between them.
 struct Plan {
-  const int32_t* items;   // [patterns][n_items][8], heaviest first
+  const int32_t* items;   // [patterns][n_items][8]
   const int32_t* steps;   // [n][8]
   const uint32_t* bits;   // [n][128]
   const int32_t* rows;    // [n][64]
   const int32_t* merges;  // [patterns][n_merges][4]
-  const int32_t* pattern_id;              // of batch element and head
-  int64_t pattern_batch, pattern_head;    // its strides, 0 where it broadcasts
-  int64_t n_items, n_merges, slots;       // slots: pieces of one head
+  const int32_t* queue;   // [n_queue]
+  const int32_t* pattern_id;            // of batch element and head; null: there is one pattern
+  int64_t pattern_batch, pattern_head;  // its strides, 0 where it broadcasts
+  int64_t n_items, n_merges, n_queue, slots;  // slots: pieces of one head
 };
 
 constexpr int32_t kNone = INT32_MIN, kFull = -1, kEmpty = -2;
@@ -67,9 +71,9 @@ struct Problem {
   int64_t valid_batch;  // stride of kv_valid, 0 where it broadcasts
   int64_t batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim;
   int64_t workspace_bytes;
-  // The launch: thread blocks, (batch, head) pairs that run together so that their keys stay in L2,
-  // and whether the halves of a block are two heads of one group (else two row tiles of one head).
-  int64_t grid, together, two_heads;
+  // Thread blocks, and whether the halves of a block are two heads of one group (else two row tiles
+  // of one head).
+  int64_t grid, two_heads;
   int64_t device;
   double scale, softcap;
   Plan plan;

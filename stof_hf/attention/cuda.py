@@ -20,7 +20,7 @@ from .granules import granule_plan
 
 _PATTERN = Full()
 _POINTERS = ("query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks")
-_PLAN = ("items", "steps", "bits", "rows", "merges")
+_PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
 
 
 class _Strides(ctypes.Structure):
@@ -32,7 +32,7 @@ class _Plan(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*_PLAN, "pattern_id")),
         *(
             (name, ctypes.c_int64)
-            for name in ("pattern_batch", "pattern_head", "n_items", "n_merges", "slots")
+            for name in ("pattern_batch", "pattern_head", "n_items", "n_merges", "n_queue", "slots")
         ),
     ]
 
@@ -48,7 +48,7 @@ class Problem(ctypes.Structure):
             for name in (
                 "bias_batch", "bias_head", "bias_row", "bias_col", "bias_dtype", "valid_batch",
                 "batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim",
-                "workspace_bytes", "grid", "together", "two_heads", "device",
+                "workspace_bytes", "grid", "two_heads", "device",
             )
         ),
         ("scale", ctypes.c_double),
@@ -96,29 +96,27 @@ class BlockCall:
         if config is None:
             config = select.cuda_config(q, k, mask)
         copies = batch * heads // (2 if config.two_heads else 1)
-        plan = granule_plan(mask, config.layout, copies, config.workers)
+        per_copy = kv_len * 2 * dim * k.itemsize * kv_heads * (1 + config.two_heads) // heads
+        together = min(copies, max(1, config.l2_bytes // per_copy))
+        plan = granule_plan(mask, config.layout, copies, config.workers, together)
         n_items = plan.items.shape[1]
-        per_head = kv_len * 2 * dim * k.itemsize * kv_heads // heads
-        together = min(copies, max(1, config.l2_bytes // (per_head * (1 + config.two_heads))))
-        if plan.unevenness * config.workers > 2 * together:
-            together = copies
         p = Problem()
         for name, x in zip("qkv", (q, k, v), strict=True):
             setattr(p, name, _Strides(*x.stride()[:3]))
         p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, dim
         p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, v.shape[3]
         p.grid = min(config.workers, n_items * copies)
-        p.together, p.two_heads = together, config.two_heads
+        p.two_heads = config.two_heads
         p.device = q.device.index
         p.scale = scale
         p.workspace_bytes = batch * heads * plan.slots * TILE * (dim + 2) * 4
         for name in _PLAN:
             setattr(p.plan, name, getattr(plan, name).data_ptr())
         ids = mask.pattern_id
-        p.plan.pattern_id = ids.data_ptr()
+        p.plan.pattern_id = ids.data_ptr() if len(mask.row_ptr) > 1 else None
         p.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
         p.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
         p.plan.n_items, p.plan.n_merges = n_items, plan.merges.shape[1]
-        p.plan.slots = plan.slots
+        p.plan.n_queue, p.plan.slots = len(plan.queue), plan.slots
         self.problem = p
         self.kept: tuple[Any, ...] = (plan, mask)

@@ -29,8 +29,8 @@ class GranulePlan:
     """The arrays of `stof::Plan` (csrc/cuda/problem.h).
 
     items: int32 [P, N, 8]. steps: int32 [S, 8]. bits: int32 [U, 128]. rows: int32 [V, 64].
-    merges: int32 [P, C, 4]. slots: pieces of the pattern that has most.
-    unevenness: cost of the heaviest item over the sum of all, of the pattern where that is largest.
+    merges: int32 [P, C, 4]. queue: int32 [Q], which item of which head each thread block takes.
+    slots: pieces of the pattern that has most.
     """
 
     items: torch.Tensor
@@ -38,8 +38,8 @@ class GranulePlan:
     bits: torch.Tensor
     rows: torch.Tensor
     merges: torch.Tensor
+    queue: torch.Tensor
     slots: int
-    unevenness: float
 
 
 @dataclass(frozen=True)
@@ -66,20 +66,25 @@ class _Runs:
     tiles: int  # row tiles of a pattern
 
 
-def granule_plan(mask: SparseMask, layout: Layout, copies: int, workers: int) -> GranulePlan:
+def granule_plan(
+    mask: SparseMask, layout: Layout, copies: int, workers: int, together: int
+) -> GranulePlan:
     """The plan of `mask`, kept with it.
 
     Args:
         copies: number of (batch, head) pairs, or of pairs of heads, that the launch computes.
         workers: blocks that the device runs at once.
+        together: copies that should run at the same time, so that their keys stay in L2.
     """
-    key = ("granules", layout, copies, workers)
+    key = ("granules", layout, copies, workers, together)
     if key not in mask.plans:
-        mask.plans[key] = _granule_plan(mask, layout, copies, workers)
+        mask.plans[key] = _granule_plan(mask, layout, copies, workers, together)
     return mask.plans[key]
 
 
-def _granule_plan(mask: SparseMask, layout: Layout, copies: int, workers: int) -> GranulePlan:
+def _granule_plan(
+    mask: SparseMask, layout: Layout, copies: int, workers: int, together: int
+) -> GranulePlan:
     ptr, col, length, content = mask.host_runs()
     patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1
     row = np.repeat(np.arange(patterns * tile_rows), np.diff(ptr, axis=1).reshape(-1))
@@ -87,49 +92,63 @@ def _granule_plan(mask: SparseMask, layout: Layout, copies: int, workers: int) -
     runs = _Runs(row, col, length, content, words, tile_rows)
     columns = bits.words_per(mask.kv_len)
     runs, rows, names = _regroup(runs, patterns, mask.q_len, columns)
-    ordinary = -(-tile_rows // layout.tiles)
-    shared = runs.tiles - tile_rows  # row tiles of gathered rows; each has a block of its own
-    blocks = ordinary + shared
-    tile = runs.row % runs.tiles
-    block = np.where(tile < tile_rows, tile // layout.tiles, ordinary + tile - tile_rows)
-    block += runs.row // runs.tiles * blocks
-    part = np.where(tile < tile_rows, tile % layout.tiles, 0)
-    total = patterns * blocks
-    # What half 1 of each block is: row tiles by name, NONE where there is none.
-    tile_names = np.full((patterns, blocks, 2), NONE, np.int64)
-    for half in range(2):
-        at = np.arange(half if layout.tiles == 2 else 0, tile_rows, layout.tiles)
-        tile_names[:, : len(at), half] = names[:, at]
-        tile_names[:, ordinary:, half] = names[:, tile_rows:]
-    alone = tile_names[..., 0] == tile_names[..., 1]
-
+    block_of, part_of, halves, pattern = _blocks(runs, names, tile_rows, layout)
+    total = len(halves)
+    alone = halves[:, 0] == halves[:, 1]
     if layout.tiles == 2:
         block, col, length, content = _joined(
-            block, part, runs.col, runs.length, runs.content, columns, 2, 10**9, blocks
-        )
-        content[alone.reshape(-1)[block], 1] = content[alone.reshape(-1)[block], 0]
-        missing = tile_names.reshape(-1, 2)[block, 1] == NONE
-        content[missing, 1] = content[missing, 0]
+            block_of[runs.row], part_of[runs.row], runs.col, runs.length, runs.content, columns, 2,
+            10**9, total,
+        )  # fmt: skip
+        single = (alone | (halves[:, 1] == NONE))[block]
+        content[single, 1] = content[single, 0]
     else:
-        col, length = runs.col, runs.length
+        block, col, length = block_of[runs.row], runs.col, runs.length
         content = np.repeat(runs.content[:, None], 2, axis=1)
     full = (content == FULL).all(1)
     run_col, run_len = _longest_runs(block, col, length, full, total, 1)
     step_block, steps = _partial_steps(block, col, length, content, full, run_col, run_len)
     step_block, steps, fragments = _pack(step_block, steps, runs.words)
     n_part = np.bincount(step_block, minlength=total)
-    divided = layout.paired | (alone & (layout.tiles == 2))
-    cost = _cost(step_block, steps, run_len, total, divided.reshape(-1))
+    divided = alone & (layout.paired or layout.tiles == 2)
+    cost = _cost(step_block, steps, run_len, total, divided)
     pieces = _pieces(cost, copies / patterns, workers)
-    items, merges, slots = _items(
-        pieces, cost, run_col, run_len, n_part, tile_names, patterns, layout, divided
+    items, costs, merges, slots = _items(
+        pieces, cost, run_col, run_len, n_part, halves, pattern, patterns, layout, divided
     )
-    by_pattern = (cost / pieces).reshape(patterns, blocks)
-    unevenness = float((by_pattern.max(1) / cost.reshape(patterns, blocks).sum(1)).max())
+    queue = _queue(costs.max(0), copies, workers, together)
     device = mask.device
-    arrays = (items, steps, fragments.view(np.int32), rows, merges)
+    arrays = (items, steps, fragments.view(np.int32), rows, merges, queue)
     tensors = (upload(torch.from_numpy(np.ascontiguousarray(x, np.int32)), device) for x in arrays)
-    return GranulePlan(*tensors, slots, unevenness)
+    return GranulePlan(*tensors, slots)
+
+
+def _blocks(
+    runs: _Runs, names: np.ndarray, tile_rows: int, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which block each row tile belongs to, as which half; and of each block the names of its
+    halves' row tiles [n, 2] (NONE: no such half) and the pattern."""
+    patterns, tiles = names.shape
+    if layout.tiles == 1:
+        each = np.arange(patterns * tiles)
+        halves = np.repeat(names.reshape(-1, 1), 2, axis=1)
+        return each, np.zeros_like(each), halves, each // tiles
+    visits = np.bincount(runs.row, runs.length, patterns * tiles).reshape(patterns, tiles)
+    tile = np.arange(tiles)
+    follows = np.broadcast_to((tile < tile_rows) & (tile % 2 == 1), visits.shape).copy()
+    # Two tiles share a block only if one would not wait long for the other.
+    one, other = visits[:, 0 : tile_rows - 1 : 2], visits[:, 1:tile_rows:2]
+    uneven = np.abs(one - other) > 0.3 * (one + other) + 4
+    follows[:, 1:tile_rows:2] &= ~uneven
+    first = ~follows.reshape(-1)
+    block_of = np.cumsum(first) - 1
+    part_of = 1 - first
+    halves = np.full((int(first.sum()), 2), NONE, np.int64)
+    halves[block_of, part_of] = names.reshape(-1)
+    # A tile without a second shares its steps between the halves.
+    single = halves[:, 1] == NONE
+    halves[single, 1] = halves[single, 0]
+    return block_of, part_of, halves, np.flatnonzero(first) // tiles
 
 
 def _regroup(
@@ -324,15 +343,46 @@ def _cost(
         for c in steps[:, 4:6].T
     ]
     steps_of = np.maximum(*halves) + run_len
-    return np.where(divided, steps_of / 2 + 0.5, steps_of) + 2.0
+    return np.where(divided, steps_of / 2 + 0.5, steps_of) + 1.5
+
+
+def _queue(costs: np.ndarray, copies: int, workers: int, together: int) -> np.ndarray:
+    """The order of all items of all copies: thread block w takes entries w, w + workers, ...
+
+    An entry is item * copies + copy, or -1. Copies run in groups, heaviest items first; the items
+    of a group that are far heavier than most run before the group in front of it, so that none
+    starts last. Of each round's items, the heaviest go to the blocks that have least to do.
+    """
+    items = np.arange(len(costs))
+    heavy = costs > 3 * np.median(costs)
+    order: list[np.ndarray] = []
+    groups = [np.arange(a, min(a + together, copies)) for a in range(0, copies, together)]
+    for chosen, lead in ((heavy, 1), (~heavy, 0)):
+        for g, group in enumerate(groups):
+            entries = (items[chosen][:, None] * copies + group).reshape(-1)
+            order.append(np.stack([np.full(len(entries), 2 * (g - lead) + 1 - lead), entries]))
+    joined = np.concatenate(order, axis=1)
+    entries = joined[1, np.argsort(joined[0], kind="stable")]
+    rounds = -(-len(entries) // workers)
+    if rounds == 1:
+        return entries
+    padded = np.concatenate([entries, np.full(rounds * workers - len(entries), -1)])
+    cost = np.where(padded >= 0, costs[padded // copies], 0)
+    load, out = np.zeros(workers), np.empty((rounds, workers), np.int64)
+    for i in range(rounds):
+        part = slice(i * workers, (i + 1) * workers)
+        idle = np.argsort(load, kind="stable")
+        by_cost = np.argsort(-cost[part], kind="stable")
+        out[i, idle] = padded[part][by_cost]
+        load[idle] += cost[part][by_cost]
+    return out.reshape(-1)
 
 
 def _items(
     pieces: np.ndarray, cost: np.ndarray, run_col: np.ndarray, run_len: np.ndarray,
-    n_part: np.ndarray, names: np.ndarray, patterns: int, layout: Layout, divided: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
-    blocks = names.shape[1]
-    names, divided = names.reshape(-1, 2), divided.reshape(-1)
+    n_part: np.ndarray, names: np.ndarray, pattern_of: np.ndarray, patterns: int, layout: Layout,
+    divided: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:  # fmt: skip
     first_part = np.cumsum(n_part) - n_part
     of = np.repeat(np.arange(len(pieces)), pieces)
     index = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
@@ -341,10 +391,11 @@ def _items(
     part_a, part_b = n_part[of] * index // n, n_part[of] * (index + 1) // n
     # A piece of two row tiles takes two slots.
     width = np.where((layout.tiles == 2) & ~divided, 2, 1)[of]
-    split, pattern = n > 1, of // blocks
+    split, pattern = n > 1, pattern_of[of]
     slot, slots = np.full(len(of), -1), 0
     counts = np.bincount(pattern, minlength=patterns)
     items = np.full((patterns, counts.max(), 8), NONE, np.int64)
+    costs = np.zeros(items.shape[:2])
     merges = []
     for p in range(patterns):
         mine = pattern == p
@@ -360,6 +411,7 @@ def _items(
             first_part[of] + part_a, part_b - part_a, slot, 0 * slot,
         )  # fmt: skip
         items[p, : len(order)] = np.stack(table, 1)[order]
+        costs[p, : len(order)] = (cost[of] / n)[order]
         begins = np.flatnonzero(taken & (index == 0))
         entries = [
             (names[of[i], half], slot[i] + half, n[i], width[i])
@@ -372,4 +424,4 @@ def _items(
     padded = np.full((patterns, most, 4), NONE, np.int64)
     for p, entries in enumerate(merges):
         padded[p, : len(entries)] = np.array(entries).reshape(-1, 4)
-    return items, padded, slots
+    return items, costs, padded, slots

@@ -104,12 +104,12 @@ def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
 @dataclass(frozen=True)
 class CudaConfig:
     """Of the CUDA block-wise kernel: how its blocks' halves are used, whether they are two heads,
-    blocks that the device runs at once, and the share of L2 for heads that run together."""
+    blocks that the device runs at once, and the bytes of keys and values that run together."""
 
     layout: Layout
     two_heads: bool
     workers: int
-    l2_bytes: int = 24 << 20
+    l2_bytes: int = 12 << 20
 
 
 def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfig:

@@ -41,7 +41,7 @@ def follow(plan: GranulePlan, layout: Layout, p: int, q_len: int, kv_len: int) -
     for tile0, tile1, first_key, n_run, first, n_list, slot, _ in items[p]:
         if tile0 == NONE:
             continue
-        heads = layout == LAYOUTS["heads"]
+        heads = layout.tiles == 1 and not layout.paired
         paired = not heads and tile0 == tile1
         halves = [tile0] if heads or paired else [tile0, tile1]
         for half, tile in enumerate(halves):
@@ -79,9 +79,9 @@ def follow(plan: GranulePlan, layout: Layout, p: int, q_len: int, kv_len: int) -
 
 def check(mask: SparseMask, layout: Layout, copies: int, workers: int) -> GranulePlan:
     plan = granule_plan(mask, layout, copies, workers, 3)
-    queue = plan.queue[plan.queue >= 0]
-    assert sorted(queue.tolist()) == list(range(copies * plan.items.shape[1]))
-    assert len(plan.queue) <= workers or len(plan.queue) % workers == 0
+    queue, total = plan.queue[plan.queue >= 0], copies * plan.items.shape[1]
+    assert sorted(queue.tolist()) == list(range(total if total > workers else 0))
+    assert len(plan.queue) % workers == 0
     dense = mask.to_dense().numpy()
     for b in range(mask.pattern_id.shape[0]):
         for h in range(mask.pattern_id.shape[1]):

@@ -21,7 +21,7 @@ namespace {
 constexpr int kTile = 64, kGranule = 16, kHalves = 2, kConsumers = 128 * kHalves;
 
 struct Maps {
-  CUtensorMap query, query_row, key, key_granule, value, value_granule, out;
+  CUtensorMap query, query_granule, query_row, key, key_granule, value, value_granule, out;
 };
 
 // Division of 0 .. 2^31 - 1 by a number that the host knows.
@@ -104,7 +104,7 @@ struct Item {
 };
 
 __device__ __forceinline__ int fetch_entry(const Arguments& a, int at) {
-  return at < a.n_queue ? __ldg(a.plan.queue + at) : -1;
+  return at >= a.n_queue ? -1 : a.plan.queue ? __ldg(a.plan.queue + at) : at;
 }
 
 __device__ __forceinline__ Item fetch(const Arguments& a, int entry) {
@@ -125,13 +125,12 @@ __device__ __forceinline__ Item fetch(const Arguments& a, int entry) {
 }
 
 template <typename T, int D>
-__device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
+__device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, Item next) {
   using C = Config<D>;
   const int lane = threadIdx.x % 32;
   constexpr int kTileBytes = kTile * D * (int)sizeof(T);
   Ring<C::kStages> stage;
   Ring<C::kQueries> q;
-  Item next = fetch(a, fetch_entry(a, blockIdx.x));
   int entry = fetch_entry(a, blockIdx.x + gridDim.x);
   // Only what the plan holds was read so far: it was there before the kernel in front of this one.
   cudaGridDependencySynchronize();
@@ -170,22 +169,40 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       s.info[q.at] = {batch, head, y.z, steps, paired, 0, {tiles[0], tiles[1]}};
     __syncwarp();
     const int queries = paired || tiles[1] == kNone ? 1 : 2;
-    if (lane == 0) barrier_expect(&s.query_full[q.at], queries * kTileBytes);
+    int bytes = 0;
+#pragma unroll
+    for (int h = 0; h < kHalves; ++h)
+      if (h < queries && tiles[h] >= 0) {
+        bytes += kTileBytes;
+      } else if (h < queries) {
+#pragma unroll
+        for (int i = 0; i < kTile; i += 32)
+          bytes += __popc(__ballot_sync(~0u, s.rows[q.at][h][i + lane] >= 0)) * D * (int)sizeof(T);
+      }
+    if (lane == 0) barrier_expect(&s.query_full[q.at], bytes);
     __syncwarp();
 #pragma unroll
     for (int h = 0; h < kHalves; ++h) {
       if (h == queries) break;
       const int of = head + (a.two_heads ? h : 0);
+      T(*to)[kTile][64] = s.query[q.at][h];
       if (tiles[h] >= 0) {
         if (lane < C::kChunks)
-          load_box(s.query[q.at][h][lane], &maps.query, &s.query_full[q.at], 64 * lane, tiles[h] * kTile, of,
-                   batch);
-      } else {
-        for (int i = lane; i < kTile * C::kChunks; i += 32) {
-          const int row = s.rows[q.at][h][i % kTile];
-          load_box(s.query[q.at][h][i / kTile][i % kTile], &maps.query_row, &s.query_full[q.at],
-                   i / kTile * 64, row < 0 ? a.q_len : row, of, batch);
-        }
+          load_box(to[lane], &maps.query, &s.query_full[q.at], 64 * lane, tiles[h] * kTile, of, batch);
+        continue;
+      }
+      // Sixteen consecutive rows come as one box, others one by one.
+#pragma unroll
+      for (int i = 0; i < kTile; i += 32) {
+        const int own = i + lane, row = s.rows[q.at][h][own], lead = s.rows[q.at][h][own & ~15];
+        const unsigned sixteen = 0xffffu << (lane & 16);
+        const bool fits = lead >= 0 && row == lead + (own & 15);
+        const bool whole = (__ballot_sync(~0u, fits) & sixteen) == sixteen;
+        if (row >= 0 && (!whole || lane % 16 == 0))
+#pragma unroll
+          for (int c = 0; c < C::kChunks; ++c)
+            load_box(to[c][own], whole ? &maps.query_granule : &maps.query_row, &s.query_full[q.at], 64 * c, row, of,
+                     batch);
       }
     }
     q.next();
@@ -463,7 +480,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
   // The start of dynamic shared memory is not aligned by itself.
   auto& s = *reinterpret_cast<Shared<T, D>*>(memory + (-shared_address(memory) & 1023));
   using C = Config<D>;
-  if (threadIdx.x == kConsumers) {
+  const int warp = uniform(threadIdx.x / 32);
+  Item first;
+  if (warp == kConsumers / 32) first = fetch(a, fetch_entry(a, blockIdx.x));
+  if (threadIdx.x == 0) {
     prefetch_map(&maps.query);
     prefetch_map(&maps.key);
     prefetch_map(&maps.value);
@@ -479,10 +499,9 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
     fence_barrier_init();
   }
   __syncthreads();
-  const int warp = uniform(threadIdx.x / 32);
   if (warp >= kConsumers / 32) {
     if constexpr (C::kProducerRegisters > 0) registers_down<C::kProducerRegisters>();
-    if (warp == kConsumers / 32) produce<T, D>(maps, a, s);
+    if (warp == kConsumers / 32) produce<T, D>(maps, a, s, first);
   } else {
     if constexpr (C::kProducerRegisters > 0) registers_up<C::kConsumerRegisters>();
     consume<T, D>(maps, a, s);
@@ -559,6 +578,7 @@ const char* run(const Problem& p, cudaStream_t stream) {
   Maps maps;
   const Strides3 out = {p.q_len * p.heads * D, D, p.heads * D};
   const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, kTile) &&
+                    make_map<T>(maps.query_granule, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, kGranule) &&
                     make_map<T>(maps.query_row, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, 1) &&
                     make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
                     make_map<T>(maps.key_granule, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&

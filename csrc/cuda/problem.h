@@ -37,7 +37,8 @@ struct Strides3 {
 // 32 w + l belongs to lane l of warp w; its bit 4 j + 2 r + c to row 16 w + l / 4 + 8 r and key
 // 8 j + 2 (l % 4) + c of the step.
 //
-// Queue: entry i is taken by thread block i % grid; item * copies + copy, or -1. A copy is a (batch
+// Queue: entry i is taken by thread block i % grid; item * copies + copy, or -1; without a queue,
+// entry i is i. A copy is a (batch
 // element, head) or, where the halves are two heads, a pair of heads.
 //
 // Merge, 4 ints: row tile (kNone: no entry), first slot, number of pieces, slots between them.
@@ -47,7 +48,7 @@ struct Plan {
   const uint32_t* bits;   // [n][128]
   const int32_t* rows;    // [n][64]
   const int32_t* merges;  // [patterns][n_merges][4]
-  const int32_t* queue;   // [n_queue]
+  const int32_t* queue;   // [n_queue], or null
   const int32_t* pattern_id;            // of batch element and head; null: there is one pattern
   int64_t pattern_batch, pattern_head;  // its strides, 0 where it broadcasts
   int64_t n_items, n_merges, n_queue, slots;  // slots: pieces of one head

@@ -117,6 +117,8 @@ class BlockCall:
         p.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
         p.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
         p.plan.n_items, p.plan.n_merges = n_items, plan.merges.shape[1]
-        p.plan.n_queue, p.plan.slots = len(plan.queue), plan.slots
+        p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
+        if not len(plan.queue):
+            p.plan.queue = None
         self.problem = p
         self.kept: tuple[Any, ...] = (plan, mask)

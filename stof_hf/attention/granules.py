@@ -47,11 +47,14 @@ class Layout:
     """How a block of two halves of 64 rows is used.
 
     tiles: row tiles of a block, 1 or 2. paired: the halves divide the steps of one row tile (else,
-    with 1 tile, they are two heads that share their keys).
+    with 1 tile, they are two heads that share their keys). item_cost, merge_cost: what an item
+    costs beyond its steps, and a split one beyond its pieces, in steps without a mask.
     """
 
     tiles: int
     paired: bool
+    item_cost: float = 1.5
+    merge_cost: float = 12.0
 
 
 @dataclass
@@ -111,8 +114,8 @@ def _granule_plan(
     step_block, steps, fragments = _pack(step_block, steps, runs.words)
     n_part = np.bincount(step_block, minlength=total)
     divided = alone & (layout.paired or layout.tiles == 2)
-    cost = _cost(step_block, steps, run_len, total, divided)
-    pieces = _pieces(cost, copies / patterns, workers)
+    cost = _cost(step_block, steps, run_len, total, divided) + layout.item_cost
+    pieces = _pieces(cost, copies / patterns, workers, layout.merge_cost)
     items, costs, merges, slots = _items(
         pieces, cost, run_col, run_len, n_part, halves, pattern, patterns, layout, divided
     )
@@ -337,45 +340,55 @@ def _fragments(rows: np.ndarray) -> np.ndarray:
 def _cost(
     block: np.ndarray, steps: np.ndarray, run_len: np.ndarray, total: int, divided: np.ndarray
 ) -> np.ndarray:
-    """What a block takes, in steps without a mask: the slower half, and what an item costs."""
+    """What the slower half of each block takes, in steps without a mask."""
     halves = [
         np.bincount(block, np.where(c == EMPTY, 0.1, np.where(c == FULL, 1, 1.25)), total)
         for c in steps[:, 4:6].T
     ]
     steps_of = np.maximum(*halves) + run_len
-    return np.where(divided, steps_of / 2 + 0.5, steps_of) + 1.5
+    return np.where(divided, steps_of / 2 + 0.5, steps_of)
 
 
 def _queue(costs: np.ndarray, copies: int, workers: int, together: int) -> np.ndarray:
     """The order of all items of all copies: thread block w takes entries w, w + workers, ...
 
-    An entry is item * copies + copy, or -1. Copies run in groups, heaviest items first; the items
-    of a group that are far heavier than most run before the group in front of it, so that none
-    starts last. Of each round's items, the heaviest go to the blocks that have least to do.
+    An entry is item * copies + copy, or -1; empty where no block takes two. Copies run in groups,
+    heaviest items first; the items of a group that are far heavier than most run before the group
+    in front of it, so that none starts last.
     """
+    total = len(costs) * copies
+    if total <= workers:  # the blocks take entry after entry
+        return np.zeros(0, np.int64)
     items = np.arange(len(costs))
     heavy = costs > 3 * np.median(costs)
-    order: list[np.ndarray] = []
-    groups = [np.arange(a, min(a + together, copies)) for a in range(0, copies, together)]
-    for chosen, lead in ((heavy, 1), (~heavy, 0)):
-        for g, group in enumerate(groups):
-            entries = (items[chosen][:, None] * copies + group).reshape(-1)
-            order.append(np.stack([np.full(len(entries), 2 * (g - lead) + 1 - lead), entries]))
-    joined = np.concatenate(order, axis=1)
-    entries = joined[1, np.argsort(joined[0], kind="stable")]
-    rounds = -(-len(entries) // workers)
-    if rounds == 1:
-        return entries
-    padded = np.concatenate([entries, np.full(rounds * workers - len(entries), -1)])
-    cost = np.where(padded >= 0, costs[padded // copies], 0)
-    load, out = np.zeros(workers), np.empty((rounds, workers), np.int64)
-    for i in range(rounds):
-        part = slice(i * workers, (i + 1) * workers)
-        idle = np.argsort(load, kind="stable")
-        by_cost = np.argsort(-cost[part], kind="stable")
-        out[i, idle] = padded[part][by_cost]
-        load[idle] += cost[part][by_cost]
-    return out.reshape(-1)
+    order: list[tuple[int, np.ndarray]] = []
+    for g, a in enumerate(range(0, copies, together)):
+        group = np.arange(a, min(a + together, copies))
+        for chosen, turn in ((heavy, 2 * g - 2), (~heavy, 2 * g + 1)):
+            order.append((turn, (items[chosen][:, None] * copies + group).reshape(-1)))
+    entries = np.concatenate([x for _, x in sorted(order, key=lambda pair: pair[0])])
+    worker = _least_loaded(costs[entries // copies], workers)
+    by_worker = np.argsort(worker, kind="stable")
+    counts = np.bincount(worker, minlength=workers)
+    turn = np.arange(total) - (np.cumsum(counts) - counts)[worker[by_worker]]
+    queue = np.full((counts.max(), workers), -1)
+    queue[turn, worker[by_worker]] = entries[by_worker]
+    return queue.reshape(-1)
+
+
+def _least_loaded(costs: np.ndarray, workers: int) -> np.ndarray:
+    """Give items, in order, to whichever worker is free first; a worker for each."""
+    load, out = np.zeros(workers), np.empty(len(costs), np.int64)
+    starts = np.flatnonzero(np.append(True, costs[1:] != costs[:-1]))
+    for a, z in zip(starts, np.append(starts[1:], len(costs)), strict=True):
+        cost, n = costs[a], z - a
+        # Of items that cost the same, worker w would begin its next ones at load, load + cost, ...
+        deep = int(min(n, -(-n // workers) + (load.max() - load.min()) // cost + 1))
+        begin = (load[:, None] + cost * np.arange(deep)).reshape(-1)
+        first = np.argsort(begin, kind="stable")[:n]
+        out[a:z] = first // deep
+        load += cost * np.bincount(out[a:z], minlength=workers)
+    return out
 
 
 def _items(

@@ -37,6 +37,20 @@ __device__ __forceinline__ void apply_bits(float (&s)[32], uint32_t word) {
     if (!(word >> i & 1)) s[i] = -INFINITY;
 }
 
+// The 16 bits of kv_valid that belong to the granule of keys that begins at `key`.
+__device__ __forceinline__ uint64_t valid_granule(const uint64_t* words, int key) {
+  return __ldg(words + key / 64) >> key % 64 & 0xffff;
+}
+
+// Bits of a step's 64 keys as a word for apply_bits.
+__device__ __forceinline__ uint32_t valid_fragment(uint64_t keys, int lane) {
+  uint64_t x = keys >> lane % 4 * 2 & 0x0303030303030303;  // byte j: the lane's two keys of group j
+  x |= x << 2;                                              // the same for both rows
+  x = (x | x >> 4) & 0x00ff00ff00ff00ff;
+  x = (x | x >> 8) & 0x0000ffff0000ffff;
+  return (uint32_t)(x | x >> 16);
+}
+
 __device__ __forceinline__ float quad_max(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));

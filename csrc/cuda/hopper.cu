@@ -40,6 +40,8 @@ struct Divisor {
 
 struct Arguments {
   const float* sinks;
+  const uint64_t* kv_valid;
+  int64_t valid_batch;
   void* out;
   float *lse, *part;
   Divisor copies, heads_of, group;  // heads_of: heads, or pairs of them, of a batch element
@@ -79,6 +81,7 @@ struct Shared {
   alignas(1024) T value[C::kStages][C::kChunks][kTile][64];
   alignas(128) uint32_t bits[C::kStages][kHalves][128];
   int content[C::kStages][kHalves];
+  uint64_t valid[C::kStages];
   int rows[C::kQueries][kHalves][kTile];
   Info info[C::kQueries];
   float part_ml[2][kTile];
@@ -124,7 +127,7 @@ __device__ __forceinline__ Item fetch(const Arguments& a, int entry) {
   return item;
 }
 
-template <typename T, int D>
+template <typename T, int D, bool Valid>
 __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, Item next) {
   using C = Config<D>;
   const int lane = threadIdx.x % 32;
@@ -148,6 +151,7 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
 
     // The first steps of the list arrive while the queries are asked for.
     int4 granules = make_int4(0, 0, 0, 0), content = granules;
+    uint64_t valid = ~0ull;
     auto load_list = [&](int first) {
       if (first + lane < y.y) {
         granules = __ldg(list + 2 * (first + lane));
@@ -155,6 +159,18 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
       }
     };
     load_list(0);
+    const uint64_t* words = a.kv_valid + batch * a.valid_batch;
+    // Each lane looks up one of the next 32 steps.
+    auto load_valid = [&](int first) {
+      const int step = first + lane;
+      if (step < n_run) {
+        valid = __ldg(words + x.z / kTile + step);
+      } else if (step < steps) {
+        const int4 g = __ldg(list + 2 * (step - n_run));
+        valid = valid_granule(words, g.x) | valid_granule(words, g.y) << 16 | valid_granule(words, g.z) << 32 |
+                valid_granule(words, g.w) << 48;
+      }
+    };
 
     barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
     const int tiles[kHalves] = {x.x, a.two_heads ? x.x : x.y};
@@ -221,9 +237,17 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
         c[0] = __shfl_sync(~0u, content.x, at), c[1] = __shfl_sync(~0u, content.y, at);
         whole = g[1] == g[0] + 16 && g[2] == g[0] + 32 && g[3] == g[0] + 48;
       }
+      uint64_t seen = ~0ull;
+      if constexpr (Valid) {
+        if (i % 32 == 0) load_valid(i);
+        seen = __shfl_sync(~0u, valid, i % 32);
+        if (seen == 0) c[0] = c[1] = kEmpty;
+      }
       barrier_wait(&s.stage_empty[stage.at], stage.parity ^ 1);
       if (lane == 0) {
-        int bytes = kTileBytes;
+        // Keys that are all padding are not loaded; the consumers let them pass.
+        const int bytes = seen ? kTileBytes : 0;
+        if constexpr (Valid) s.valid[stage.at] = seen;
         uint64_t* full = &s.key_full[stage.at];
         s.content[stage.at][0] = c[0];
         s.content[stage.at][1] = c[1];
@@ -240,6 +264,7 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
             full = &s.value_full[stage.at];
             barrier_expect(full, bytes);
           }
+          if (!bytes) continue;
 #pragma unroll
           for (int chunk = 0; chunk < C::kChunks; ++chunk) {
             if (whole) {
@@ -263,7 +288,7 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
   }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool Valid>
 __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   using C = Config<D>;
   constexpr int kChunkBytes = kTile * 64 * (int)sizeof(T);
@@ -332,8 +357,10 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       wgmma_commit();
     };
     auto mask = [&]() {
-      if (content != kFull)
-        apply_bits(scores, s.bits[stage.at][content == s.content[stage.at][0] ? 0 : half][thread]);
+      uint32_t word = ~0u;
+      if (content != kFull) word = s.bits[stage.at][content == s.content[stage.at][0] ? 0 : half][thread];
+      if constexpr (Valid) word &= valid_fragment(s.valid[stage.at], lane);
+      if (Valid || content != kFull) apply_bits(scores, word);
     };
     auto pack_weights = [&]() {
 #pragma unroll
@@ -473,7 +500,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   }
 }
 
-template <typename T, int D>
+template <typename T, int D, bool Valid>
 __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
     block_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Arguments a) {
   extern __shared__ unsigned char memory[];
@@ -501,10 +528,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
   __syncthreads();
   if (warp >= kConsumers / 32) {
     if constexpr (C::kProducerRegisters > 0) registers_down<C::kProducerRegisters>();
-    if (warp == kConsumers / 32) produce<T, D>(maps, a, s, first);
+    if (warp == kConsumers / 32) produce<T, D, Valid>(maps, a, s, first);
   } else {
     if constexpr (C::kProducerRegisters > 0) registers_up<C::kConsumerRegisters>();
-    consume<T, D>(maps, a, s);
+    consume<T, D, Valid>(maps, a, s);
   }
 }
 
@@ -588,6 +615,8 @@ const char* run(const Problem& p, cudaStream_t stream) {
   if (!fits) return "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
   const int64_t copies = p.batch * p.heads / (p.two_heads ? 2 : 1);
   const Arguments a = {p.sinks,
+                       p.kv_valid,
+                       p.valid_batch,
                        p.out,
                        p.lse,
                        p.workspace,
@@ -601,12 +630,12 @@ const char* run(const Problem& p, cudaStream_t stream) {
                        (float)p.scale,
                        p.plan};
   constexpr int bytes = (int)sizeof(Shared<T, D>) + 1024;
-  static bool ready[64] = {};
-  if (!ready[p.device]) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(block_kernel<T, D>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const auto kernel = p.kv_valid ? block_kernel<T, D, true> : block_kernel<T, D, false>;
+  static bool ready[64][2] = {};
+  if (!ready[p.device][p.kv_valid != nullptr]) {
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    ready[p.device] = true;
+    ready[p.device][p.kv_valid != nullptr] = true;
   }
   cudaLaunchAttribute early;
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -618,7 +647,7 @@ const char* run(const Problem& p, cudaStream_t stream) {
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, block_kernel<T, D>, maps, a);
+  cudaLaunchKernelEx(&config, kernel, maps, a);
   if (p.plan.slots > 0) {
     config.gridDim = dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges);
     config.blockDim = dim3(128);

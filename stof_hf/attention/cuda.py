@@ -67,7 +67,7 @@ def takes(
         and q.shape[3] in (64, 128) and v.shape[3] == q.shape[3]
         and scale > 0 and softcap == 0 and bias is None
         and q.shape[2] > select.DECODE_ROWS
-        and (mask is None or not (mask.is_view or mask.kv_valid is not None))
+        and (mask is None or not mask.is_view)
         and (mask is None or "host_runs" in mask.plans)
         and all(_aligned(x) for x in (q, k, v))
     )  # fmt: skip
@@ -105,6 +105,8 @@ class BlockCall:
             setattr(p, name, _Strides(*x.stride()[:3]))
         p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, dim
         p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, v.shape[3]
+        if mask.kv_valid is not None and len(mask.kv_valid) > 1:
+            p.valid_batch = mask.kv_valid.shape[1]
         p.grid = min(config.workers, n_items * copies)
         p.two_heads = config.two_heads
         p.device = q.device.index

@@ -17,7 +17,7 @@ from ..masks import bits
 from ..masks.bits import TILE
 from ..masks.device import upload
 from ..masks.sparse_mask import EMPTY, FULL, SparseMask
-from .plan import _joined, _longest_runs, _partial_steps, _pieces
+from .plan import _joined, _longest_runs, _partial_steps
 
 GRANULE = 16
 NONE = -(2**31)
@@ -115,7 +115,7 @@ def _granule_plan(
     n_part = np.bincount(step_block, minlength=total)
     divided = alone & (layout.paired or layout.tiles == 2)
     cost = _cost(step_block, steps, run_len, total, divided) + layout.item_cost
-    pieces = _pieces(cost, copies / patterns, workers, layout.merge_cost)
+    pieces = _split(cost, copies / patterns, workers, layout.merge_cost)
     items, costs, merges, slots = _items(
         pieces, cost, run_col, run_len, n_part, halves, pattern, patterns, layout, divided
     )
@@ -347,6 +347,16 @@ def _cost(
     ]
     steps_of = np.maximum(*halves) + run_len
     return np.where(divided, steps_of / 2 + 0.5, steps_of)
+
+
+def _split(cost: np.ndarray, copies: float, workers: int, merge_cost: float) -> np.ndarray:
+    """Into how many pieces each block is split: none should outlast an even share by much, and
+    blocks that stand out, a third of it, so that the others can fill up what they leave."""
+    share = max(cost.sum() * copies / workers, 8.0)
+    limit = np.where(cost > 3 * np.median(cost), max(share / 3, 8.0), share)
+    pieces = np.maximum(2, np.rint(cost / limit))
+    split = cost > np.maximum(limit, cost / pieces) + merge_cost
+    return np.where(split, pieces, 1).astype(np.int64)
 
 
 def _queue(costs: np.ndarray, copies: int, workers: int, together: int) -> np.ndarray:

@@ -153,13 +153,11 @@ def _partial_steps(
     return block[source], np.concatenate([tile[:, None], content[source]], axis=1)
 
 
-def _pieces(
-    cost: np.ndarray, copies: float, workers: int, merge_cost: float = _MERGE_COST
-) -> np.ndarray:
+def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
     """Into how many pieces each block is split: no piece should outlast an even share by much."""
     share = max(cost.sum() * copies / workers, _LEAST_PIECE)
     pieces = np.maximum(2, np.rint(cost / share))
-    split = cost > np.maximum(share, cost / pieces) + merge_cost
+    split = cost > np.maximum(share, cost / pieces) + _MERGE_COST
     return np.where(split, pieces, 1).astype(np.int64)
 
 

@@ -58,6 +58,33 @@ def info() -> None:
     console.print(report())
 
 
+@app.command()
+def build(
+    arch: Annotated[
+        list[str] | None,
+        typer.Option(help="For GPUs of this architecture, such as 80 or 90a; by default, yours."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="For all architectures.")] = False,
+) -> None:
+    """Compile the CUDA kernels ahead of their first use.
+
+    stof build --arch 80 --arch 90a
+    """
+    from rich.progress import Progress
+
+    from .attention import cuda_build, jit
+    from .attention.cuda_kernels import all_kernels
+
+    arch = arch or cuda_build.present_gpus()
+    if not (arch or every):
+        raise typer.BadParameter("there is no CUDA GPU here: name --arch, such as 90a, or --all")
+    kernels = all_kernels() if every else cuda_build.kernels_for(arch)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("CUDA kernels", total=len(kernels) + 1)
+        cuda_build.build(kernels, done=lambda: progress.advance(task))
+    console.print(f"{len(kernels)} kernel libraries are ready; the cache is {jit.cache_dir()}")
+
+
 PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import subprocess
 import warnings
 from importlib import metadata
@@ -14,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import SparseMask, __version__, attention, patterns
-from .attention import jit
+from .attention import cuda_build, jit
 from .attention.reference import reference_attention
 from .errors import StofError
 
@@ -31,7 +30,8 @@ def report() -> Table:
     table.add_row("GPU", _gpu())
     table.add_row("CPU", f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores")
     table.add_row("C++ compiler", _compiler(jit.find_compiler()))
-    table.add_row("CUDA compiler", _compiler(shutil.which("nvcc")))
+    nvcc = cuda_build.find_nvcc()
+    table.add_row("CUDA compiler", f"{nvcc} ({cuda_build.nvcc_version(nvcc)})" if nvcc else "none")
     table.add_row("kernel cache", f"{jit.cache_dir()}")
     table.add_section()
     for name, state in backends().items():
@@ -59,7 +59,7 @@ def _gpu() -> str:
 
 def _compiler(path: str | None) -> str:
     if path is None:
-        return "none on PATH"
+        return "none"
     result = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.strip()]
     release = next((line for line in lines if "release" in line), lines[0] if lines else "")

@@ -1,24 +1,23 @@
 """The `cuda` backend: prepares and launches the kernels of csrc/cuda.
 
-What calls with the same mask, shapes and strides share is packed once into a C struct and kept with
-the mask; a call hands its tensors and that struct to the binding, which allocates the outputs.
+What calls with the same mask, shapes and strides share is packed once (`calls.py`) into a C struct;
+a call hands its tensors and that struct to the binding, which allocates the outputs and launches.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from ..errors import BuildError
 from ..masks.bits import TILE
-from ..masks.cache import mask_for
-from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
-from . import select
+from . import cuda_build, select
 from .granules import granule_plan
 
-_PATTERN = Full()
 _POINTERS = ("query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks")
 _PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
 
@@ -57,40 +56,46 @@ class Problem(ctypes.Structure):
     ]  # fmt: skip
 
 
-def takes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask | None,
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-) -> bool:  # fmt: skip
-    """Whether the kernels compute this call."""
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
+    otherwise: Callable[[], Any],
+) -> BlockCall | None:  # fmt: skip
+    """See `calls.forward`; None where no kernel computes such a call.
+
+    Args:
+        otherwise: prepares the call elsewhere, for tensors whose rows turn out not to be aligned.
+
+    Raises BuildError where the kernels cannot be built.
+    """
+    block_wise = (
+        torch.cuda.get_device_capability(q.device)[0] == 9
+        and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] in (64, 128) and v.shape[3] == q.shape[3]
         and scale > 0 and softcap == 0 and bias is None
-        and q.shape[2] > select.DECODE_ROWS
-        and (mask is None or not mask.is_view)
-        and (mask is None or "host_runs" in mask.plans)
-        and all(_aligned(x) for x in (q, k, v))
+        and not mask.is_view
+        and all(x.stride(i) * 2 % 16 == 0 for x in (q, k, v) for i in range(3))
+        and all(x.stride(i) > 0 for x in (q, k, v) for i in range(3))
     )  # fmt: skip
-
-
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether the copy engine can address the rows."""
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and all(s * x.itemsize % 16 == 0 and s > 0 for s in x.stride()[:3])
-    )
+    return BlockCall(q, k, v, mask, sinks, scale, otherwise) if block_wise else None
 
 
 class BlockCall:
-    """A prepared call of the block-wise kernel."""
+    """A prepared call of the block-wise kernel for Hopper."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask | None,
-        sinks: torch.Tensor | None, scale: float, config: select.CudaConfig | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        sinks: torch.Tensor | None, scale: float, otherwise: Callable[[], Any],
+        config: select.CudaConfig | None = None,
     ):  # fmt: skip
-        if mask is None:
-            mask = mask_for(_PATTERN, q.shape[2], k.shape[2], device=q.device)
+        kernels = cuda_build.library("hopper", q.shape[3], q.dtype, q.device.index)
+        if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
+            raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda.py do not agree")
+        cuda_build.binding()
+        self.run = torch.ops.stof_cuda.run.default
+        self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
+        self.otherwise, self.other = otherwise, None
+        self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
         batch, heads, q_len, dim = q.shape
         kv_heads, kv_len = k.shape[1], k.shape[2]
         if config is None:
@@ -122,5 +127,17 @@ class BlockCall:
         p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
         if not len(plan.queue):
             p.plan.queue = None
-        self.problem = p
-        self.kept: tuple[Any, ...] = (plan, mask)
+        self.problem, self.address = p, ctypes.addressof(p)
+        # The problem holds their addresses.
+        self.kept = (plan, mask.pattern_id)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+            self.other = self.other or self.otherwise()
+            return self.other(q, k, v, mask, bias, sinks)
+        if self.casts_sinks:
+            sinks = sinks.float()
+        return self.run(q, k, v, mask.kv_valid, None, sinks, self.function, self.address)

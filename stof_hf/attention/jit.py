@@ -1,36 +1,47 @@
-"""Builds the C++ kernels at first use and keeps them.
+"""Builds shared libraries at first use and keeps them.
 
-A library is compiled by torch's extension builder and ninja into
-``<cache>/kernels/<name>-<key>``, where the key covers the sources, the flags, the compiler, torch
-and what the processor can do, so that a cached file is never used where it does not belong.
-``STOF_CACHE_DIR`` moves the cache; without it, it lies where the platform keeps user caches.
+A library is compiled by ninja into ``<cache>/kernels/<name>-<key>``, where the key covers the
+sources, the commands, the compiler and what the machine can do, so that a cached file is never used
+where it does not belong. ``STOF_CACHE_DIR`` moves the cache; without it, it lies where the platform
+keeps user caches.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
 
 from ..errors import BuildError, StofWarning
 
-__all__ = ["cache_dir", "find_compiler", "load_library", "source_dir"]
+__all__ = [
+    "Recipe",
+    "cache_dir",
+    "find_compiler",
+    "is_intact",
+    "key_of",
+    "load",
+    "load_library",
+    "source_dir",
+]
 
 
 def source_dir() -> Path:
@@ -52,16 +63,43 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, names) if path), None)
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How a shared library is made: each source is compiled by itself, then all are linked.
+
+    Args:
+        name: file name of the library, without its ending.
+        key: what stands for its content, in the name of its folder.
+        compile: command that takes ``-c SOURCE -o OBJECT``.
+        link: command that takes ``OBJECTS -o LIBRARY`` and then `libraries`.
+        title, seconds: what the progress line says is built, and how long that takes.
+        advice: what may help where the compiler fails.
+    """
+
+    name: str
+    key: str
+    sources: tuple[Path, ...]
+    compile: tuple[str, ...]
+    link: tuple[str, ...]
+    libraries: tuple[str, ...] = ()
+    title: str = "the kernels"
+    seconds: int = 15
+    advice: str = "A newer compiler may help, g++ 12 or clang++ 14: set CXX to it"
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}-{self.key}"
+
+
 def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Load a library of plain C functions, built first where no valid build is cached.
+    """Load a C++ library of plain C functions, built first where no valid build is cached.
 
     Args:
         name: file name of the library, without its ending.
         sources: C++ files relative to `source_dir`; headers beside them count into the key.
         flags: compiler flags.
 
-    Raises BuildError where there is no compiler, where the sources do not compile, and where
-    neither the cache nor a temporary folder can be written.
+    Raises what `load` raises, and BuildError where there is no compiler.
     """
     compiler = find_compiler()
     if compiler is None:
@@ -69,9 +107,31 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
             "no C++ compiler found: install g++ or clang++, or set CXX to one, "
             "to build the CPU kernels"
         )
-    folder = f"{name}-{_key(compiler, sources, flags)}"
+    paths = tuple(source_dir() / source for source in sources)
+    compile = (compiler, "-std=c++17", "-fPIC", *flags)
+    link = (compiler, "-shared", "-pthread")
+    files = {file for path in paths for file in path.parent.iterdir() if file.is_file()}
+    key = key_of(files, [*sources, *compile, *link, compiler_version(compiler), _processor()])
+    return load(Recipe(name, key, paths, compile, link, title=f"the kernels {name}"))
+
+
+def key_of(files: Iterable[Path], parts: Iterable[str]) -> str:
+    """Hash of what the files hold, their names and the other parts."""
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    digest.update("\0".join(parts).encode())
+    return digest.hexdigest()[:20]
+
+
+def load(recipe: Recipe, loader: Callable[[str], Any] = ctypes.CDLL) -> Any:
+    """What `loader` makes of the library's path; it is built first where no valid build is cached.
+
+    Raises BuildError where the sources do not compile, and where neither the cache nor a temporary
+    folder can be written.
+    """
     try:
-        return _load_or_build(cache_dir() / "kernels" / folder, name, compiler, sources, flags)
+        return _load_or_build(cache_dir() / "kernels", recipe, loader)
     except OSError as error:
         problem = f"cannot use the kernel cache {cache_dir()} ({error})"
     try:
@@ -88,7 +148,7 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
         stacklevel=2,
     )
     try:
-        return _load_or_build(scratch / folder, name, compiler, sources, flags)
+        return _load_or_build(scratch, recipe, loader)
     except OSError as error:
         raise BuildError(
             f"cannot build in {scratch} either ({error}): set STOF_CACHE_DIR to a writable folder "
@@ -96,24 +156,22 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
         ) from error
 
 
-def _load_or_build(
-    folder: Path, name: str, compiler: str, sources: Sequence[str], flags: Sequence[str]
-) -> ctypes.CDLL:
-    library = folder / f"{name}.so"
-    if _is_intact(library):
-        return ctypes.CDLL(str(library))
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not _is_intact(library):
-            _build(library, compiler, sources, flags)
-    return ctypes.CDLL(str(library))
+def _load_or_build(cache: Path, recipe: Recipe, loader: Callable[[str], Any]) -> Any:
+    folder = cache / recipe.folder
+    library = folder / f"{recipe.name}.so"
+    if not is_intact(library):
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not is_intact(library):
+                _build(library, recipe)
+    return loader(str(library))
 
 
 def _digest_file(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
-def _is_intact(library: Path) -> bool:
+def is_intact(library: Path) -> bool:
     """Whether the file is the one that was built: loading a damaged library can kill a process."""
     try:
         digest = hashlib.sha256(library.read_bytes()).hexdigest()
@@ -122,11 +180,9 @@ def _is_intact(library: Path) -> bool:
         return False
 
 
-def _build(library: Path, compiler: str, sources: Sequence[str], flags: Sequence[str]) -> None:
-    from torch.utils import cpp_extension
-
+def _build(library: Path, recipe: Recipe) -> None:
     print(
-        f"stof_hf: building the kernels {library.stem} (once, about 15 s) ...",
+        f"stof_hf: building {recipe.title} (once, about {recipe.seconds} s) ...",
         file=sys.stderr,
         flush=True,
     )
@@ -136,59 +192,60 @@ def _build(library: Path, compiler: str, sources: Sequence[str], flags: Sequence
     for leftover in (work, library, _digest_file(library)):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     work.mkdir()
-    try:
-        with _build_environment(compiler):
-            built = cpp_extension.load(
-                name=library.stem,
-                sources=[str(source_dir() / source) for source in sources],
-                extra_cflags=list(flags),
-                build_directory=str(work),
-                is_python_module=False,
-            )
-    except RuntimeError as error:
-        raise BuildError(
-            f"{compiler} could not build {', '.join(sources)}: {error}\n"
-            "A newer compiler may help, g++ 12 or clang++ 14: set CXX to it"
-        ) from error
+    built, log = _ninja(work, recipe)
+    library.with_suffix(".log").write_text(log)
     # Rename last, so that an intact digest stands for a complete library.
-    content = Path(built).read_bytes()
     part = library.with_suffix(".part")
-    part.write_text(hashlib.sha256(content).hexdigest())
+    part.write_text(hashlib.sha256(built.read_bytes()).hexdigest())
     os.replace(built, library)
     os.replace(part, _digest_file(library))
     shutil.rmtree(work, ignore_errors=True)
-    print(f"stof_hf: built in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"stof_hf: built {recipe.title} in {time.perf_counter() - start:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
-@contextlib.contextmanager
-def _build_environment(compiler: str) -> Iterator[None]:
-    """CXX as chosen, and ninja found also where the interpreter's scripts are not on PATH."""
+def _ninja(work: Path, recipe: Recipe) -> tuple[Path, str]:
+    """The library, made in `work`, and what the compiler said."""
     import ninja
 
-    saved = {name: os.environ.get(name) for name in ("CXX", "PATH")}
-    os.environ["CXX"] = compiler
-    os.environ["PATH"] = os.pathsep.join([*filter(None, [saved["PATH"]]), ninja.BIN_DIR])
-    try:
-        yield
-    finally:
-        for name, value in saved.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+    def escape(path: Path | str) -> str:
+        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    def command(*words: str) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    objects = [f"{i}-{source.stem}.o" for i, source in enumerate(recipe.sources)]
+    rules = [
+        f"rule compile\n  command = {command(*recipe.compile)} -c $in -o $out",
+        f"rule link\n  command = {command(*recipe.link)} $in -o $out {command(*recipe.libraries)}",
+    ]
+    for object, source in zip(objects, recipe.sources, strict=True):
+        rules.append(f"build {object}: compile {escape(source)}")
+    rules.append(f"build library.so: link {' '.join(map(escape, objects))}")
+    (work / "build.ninja").write_text("\n".join(rules) + "\n")
+    # The interpreter's scripts need not be on PATH.
+    path = os.pathsep.join([os.environ.get("PATH", ""), ninja.BIN_DIR])
+    program = shutil.which("ninja", path=path)
+    if program is None:
+        raise BuildError(f"ninja is not in {ninja.BIN_DIR}: pip install --force-reinstall ninja")
+    result = subprocess.run(
+        [program, "-C", str(work)], capture_output=True, text=True, errors="replace", check=False
+    )
+    if result.returncode != 0:
+        names = ", ".join(source.name for source in recipe.sources)
+        raise BuildError(
+            f"{recipe.compile[0]} could not build {names}: {result.stdout}{result.stderr}\n"
+            f"{recipe.advice}"
+        )
+    return work / "library.so", result.stdout
 
 
-def _key(compiler: str, sources: Sequence[str], flags: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    folders = {(source_dir() / source).parent for source in sources}
-    for path in sorted(path for folder in folders for path in folder.iterdir() if path.is_file()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    parts = [*sources, *flags, torch.__version__, _compiler_version(compiler), _processor()]
-    digest.update("\0".join(parts).encode())
-    return digest.hexdigest()[:20]
-
-
-def _compiler_version(compiler: str) -> str:
+@lru_cache
+def compiler_version(compiler: str) -> str:
+    """Path and version of a compiler. Raises BuildError where it does not run."""
     try:
         result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -201,7 +258,7 @@ def _compiler_version(compiler: str) -> str:
 @lru_cache(1)
 def _processor() -> str:
     """The machine's instruction sets, which -march=native compiles for."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as info:
+    with suppress(OSError), open("/proc/cpuinfo") as info:
         for line in info:
             if line.lower().startswith(("flags", "features")):
                 return platform.machine() + line

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from ..errors import UnsupportedError
+from ..errors import BuildError, StofWarning, UnsupportedError
 from ..masks.sparse_mask import SparseMask
+from . import calls
 from .granules import Layout
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
@@ -25,15 +27,55 @@ def forward(
     """
     kind = q.device.type
     if kind == "cuda":
-        from . import triton as backend
-    elif kind == "cpu":
-        from . import cpu as backend
-    else:
-        raise UnsupportedError(
-            f"device {q.device} has no stof backend: use a CUDA GPU or the CPU, or "
-            'attn_implementation="sdpa"'
+        return calls.forward("calls", _prepare, q, k, v, mask, **rest)
+    if kind == "cpu":
+        from . import cpu
+
+        return cpu.forward(q, k, v, mask, **rest)
+    raise UnsupportedError(
+        f"device {q.device} has no stof backend: use a CUDA GPU or the CPU, or "
+        'attn_implementation="sdpa"'
+    )
+
+
+def _prepare(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
+) -> Any:
+    """The call as CUDA or Triton kernels compute it; see `calls.forward`."""
+    from . import triton
+
+    *rest, on_device = rest
+
+    def otherwise() -> Any:
+        return triton.prepare(q, k, v, mask, *rest, on_device)
+
+    small = use_row_wise(q, q.shape[3], mask) or use_triton(q, k)
+    if on_device or small or _failures:
+        return otherwise()
+    from . import cuda
+
+    try:
+        return cuda.prepare(q, k, v, mask, *rest, otherwise) or otherwise()
+    except BuildError as error:
+        _failures.append(error)
+        warnings.warn(
+            f"stof_hf: the CUDA kernels cannot be used, the Triton kernels take their place: "
+            f"{error}",
+            StofWarning,
+            stacklevel=2,
         )
-    return backend.forward(q, k, v, mask, **rest)
+        return otherwise()
+
+
+#: Builds that failed in this process: one warning, and no second try.
+_failures: list[BuildError] = []
+
+
+def use_triton(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether so little is to be done that the Triton kernel, which starts sooner, ends sooner."""
+    batch, heads, q_len, _ = q.shape
+    blocks = batch * heads * -(-q_len // 64)
+    return k.shape[2] <= 128 and blocks <= multiprocessors(q.device)
 
 
 def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:

@@ -1,8 +1,7 @@
 """The `triton` backend: prepares and launches the kernels of `triton_kernels.py`.
 
-Everything that a call with the same mask, shapes and strides repeats - the work list, the grid, the
-compiled kernel - is worked out once and kept with the mask; a later call allocates its outputs and
-launches.
+What calls with the same mask, shapes and strides share is worked out once (`calls.py`): the work
+list, the grid, the compiled kernel. A later call allocates its outputs and launches.
 """
 
 from __future__ import annotations
@@ -14,13 +13,9 @@ import torch
 import triton
 
 from ..masks.bits import TILE
-from ..masks.cache import mask_for
-from ..masks.device import keep
-from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
-from . import select
+from . import calls, select
 from . import triton_kernels as kernels
-from .checks import check
 from .plan import (
     block_plan,
     device_block_plan,
@@ -34,7 +29,6 @@ from .plan import (
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
 _L2_BYTES = 24 << 20
-_PATTERN = Full()
 
 
 def forward(
@@ -49,61 +43,20 @@ def forward(
     softcap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `attention.op`; returns (out [B, Sq, H, Dv], lse fp32 [B, H, Sq])."""
-    if q.is_cuda and q.device.index != torch.cuda.current_device():
-        with torch.cuda.device(q.device):
-            return forward(q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
-    if mask is None:
-        mask = mask_for(_PATTERN, q.shape[-2], k.shape[-2], device=q.device)
-    valid = mask.kv_valid
-    key = (
-        q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
-        v.shape, v.stride(), v.dtype, v.device, scale, softcap,
-        None if valid is None else valid.shape,
-        None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
-        None if sinks is None else (sinks.shape, sinks.dtype, sinks.device),
-        mask.q_len, mask.kv_len,
-        mask.row_start if isinstance(mask.row_start, int) else None,
-        mask.col_start if isinstance(mask.col_start, int) else None,
+    return calls.forward(
+        "triton calls", prepare, q, k, v, mask,
+        bias=bias, sinks=sinks, scale=scale, softcap=softcap,
     )  # fmt: skip
-    calls = mask.plans.setdefault("triton calls", {})
-    call = calls.get(key)
-    if call is None:
-        check(q, k, v, mask, bias, sinks)
-        capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-        call = keep(
-            lambda: _prepare(q, k, v, mask, bias, sinks, scale, softcap, capturing), q.device
-        )
-        # A mask used with ever new shapes must not keep them all; what a capture computes belongs
-        # to its graph.
-        if len(calls) >= 256:
-            calls.clear()
-        if not capturing:
-            calls[key] = call
-    if call.copies:
-        q, k, v = _rows_together(q, k, v)
-    return call(q, k, v, mask, bias, sinks)
 
 
-def _prepare(
+def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-    capturing: bool,
+    on_device: bool,
 ) -> _RowCall | _BlockCall:  # fmt: skip
-    copies = any(x.stride(3) != 1 for x in (q, k, v))
-    if copies:
-        q, k, v = _rows_together(q, k, v)
-    if bias is not None:
-        bias = bias[(None,) * (4 - bias.ndim)]
-    on_device = capturing or "host_runs" not in mask.plans
+    """See `calls.forward`."""
     make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
-    call = make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
-    call.copies = copies
-    return call
-
-
-def _rows_together(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors whose elements of one row lie side by side."""
-    return [x if x.stride(3) == 1 else x.contiguous() for x in tensors]
+    return make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
 
 
 def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
@@ -153,7 +106,6 @@ class _Common:
     """What both kinds of calls share: sizes, optional tensors, outputs."""
 
     #: Whether q, k or v have to be copied first, because a row's elements do not lie side by side.
-    copies = False
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
@@ -283,7 +235,7 @@ class _RowCall(_Common):
         group = self.heads // self.kv_heads
         config = select.row_config(q, k, _padded(q, v))
         patterns, tile_rows = len(mask.row_ptr), mask.row_ptr.shape[1] - 1
-        masked = mask.pattern != _PATTERN
+        masked = mask.pattern != calls.FULL_PATTERN
         listed = masked and self.q_len == 1 and patterns == 1 and config.keys == TILE
         if listed:
             table, steps = device_tile_lists(mask) if on_device else tile_lists(mask)

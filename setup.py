@@ -1,6 +1,6 @@
 """Wheels that carry compiled kernels, beyond what pyproject.toml says.
 
-STOF_CUDA_ARCHS="80 90a" pip wheel --no-build-isolation --no-deps .
+STOF_CUDA_ARCHS="90a" pip wheel --no-build-isolation --no-deps .
 """
 
 import os

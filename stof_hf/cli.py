@@ -68,7 +68,7 @@ def build(
 ) -> None:
     """Compile the CUDA kernels ahead of their first use.
 
-    stof build --arch 80 --arch 90a
+    stof build --arch 90a
     """
     from rich.progress import Progress
 
@@ -195,7 +195,8 @@ def bench_attention(
     """Time attention on identical masks: PyTorch, FlexAttention, FlashAttention-4 and ours.
 
     Without options: the grid of the paper's figures with head size 64, and head size 128 with
-    grouped-query attention at 4,096 and 16,384 tokens. Any size named replaces that grid.
+    grouped-query attention at 4,096 to 32,768 tokens. Any size named replaces that grid. The exit
+    status is 1 where a contestant is missing, raised, or computed something else.
     """
     from .bench import attention, summary
     from .bench.contestants import CONTESTANTS
@@ -232,6 +233,8 @@ def bench_attention(
         from .bench.plot import plot
 
         plot(data, plot_path)
+    if summary.problems(data):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from stof_hf.errors import MaskError, StofError
 
 CPU = torch.device("cpu")
 KEPT = {
+    "full": {128: 100.0, 512: 100.0},
     "causal": {128: 50.4, 512: 50.1, 1024: 50.0, 4096: 50.0},
     "sliding": {128: 38.1, 512: 11.9, 1024: 6.1, 4096: 1.6},
     "longformer": {128: 87.5, 512: 33.7, 1024: 17.9, 4096: 4.7},
@@ -58,8 +59,8 @@ def test_every_cell_is_measured_on_the_cpu():
     for record in data["cells"]:
         results = record["results"]
         ran = {name for name, result in results.items() if result["status"] == "ok"}
-        causal = {"sdpa_flash"} if record["cell"]["mask"] == "causal" else set()
-        assert ran == {"sdpa_mask", "stof"} | causal
+        dense = {"sdpa_flash"} if record["cell"]["mask"] in ("full", "causal") else set()
+        assert ran == {"sdpa_mask", "stof"} | dense
         for name in ran:
             assert results[name]["time_us"] > 0
             assert results[name]["max_error"] < 1e-4

@@ -36,7 +36,7 @@ def tree(tmp_path_factory):
     skip = shutil.ignore_patterns("__pycache__", "*.so")
     for folder in ("stof_hf", "patches", "csrc"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=skip)
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, copy / file)
     return copy
 
@@ -76,7 +76,7 @@ def test_sdist_holds_everything(built):
         held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     mapped = ("stof_hf/patches", "stof_hf/csrc")
     at_root = {n.removeprefix("stof_hf/") if n.startswith(mapped) else n for n in shipped()}
-    assert at_root | {"pyproject.toml", "README.md", "LICENSE"} <= held
+    assert at_root | {"pyproject.toml", "setup.py", "README.md", "LICENSE"} <= held
 
 
 def test_wheel_runs_where_it_is_installed(built, tmp_path):

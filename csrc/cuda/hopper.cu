@@ -52,7 +52,7 @@ struct Arguments {
 
 // What the consumers of a block need to know of an item.
 struct Info {
-  int batch, head, slot, steps, paired, stop;
+  int batch, head, slot, steps, together, paired, stop;
   int tile[kHalves];
 };
 
@@ -182,7 +182,7 @@ __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, I
         s.rows[q.at][h][i] = row < a.q_len ? row : -1;
       }
     if (lane == 0)
-      s.info[q.at] = {batch, head, y.z, steps, paired, 0, {tiles[0], tiles[1]}};
+      s.info[q.at] = {batch, head, y.z, steps, a.two_heads ? steps : paired ? 0 : n_run, paired, 0, {tiles[0], tiles[1]}};
     __syncwarp();
     const int queries = paired || tiles[1] == kNone ? 1 : 2;
     int bytes = 0;
@@ -302,12 +302,21 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
     if (lane == 0) barrier_arrive(&s.stage_empty[at]);
   };
 
+  // The halves take turns at issuing the products of steps that both compute, so that one's softmax
+  // runs while the tensor cores work for the other. Half 0 begins.
+  constexpr int kTurn = 3;
+  if (C::kOverlap && half == 1) named_barrier_arrive(kTurn, kConsumers);
+
   for (;; q.next()) {
     barrier_wait(&s.query_full[q.at], q.parity);
     const Info& shared = s.info[q.at];
-    if (uniform(shared.stop)) return;
+    if (uniform(shared.stop)) {
+      if (C::kOverlap && half == 0) named_barrier(kTurn, kConsumers);
+      return;
+    }
     const int batch = uniform(shared.batch), first_head = uniform(shared.head), slot = uniform(shared.slot);
-    const int steps = uniform(shared.steps), paired = uniform(shared.paired);
+    const int steps = uniform(shared.steps), together = uniform(shared.together);
+    const int paired = uniform(shared.paired);
     const int tile = uniform(shared.tile[half]);
     const bool active = tile != kNone;
     const uint64_t queries = tile_descriptor(s.query[q.at][paired ? 0 : half], 0);
@@ -384,9 +393,11 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         Ring<C::kStages> pending = stage;
         while (advance()) {
           pin(o);
+          if (step < together) named_barrier(kTurn + half, kConsumers);
           wgmma_fence();
           issue_scores();
           issue_values(pending);
+          if (step < together) named_barrier_arrive(kTurn + 1 - half, kConsumers);
           wgmma_wait<1>();
           pin(scores);
           mask();

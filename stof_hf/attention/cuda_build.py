@@ -116,9 +116,10 @@ def kernels_for(architectures: Sequence[str]) -> list[Kernel]:
         match = re.fullmatch(r"(?:sm_)?(\d+)\.?(\d)a?", name)
         some = all_kernels((int(match[1]), int(match[2]))) if match else []
         if not some:
+            known = sorted({one.architecture for one in all_kernels()})
             raise BuildError(
-                f"{name!r} is no architecture that the CUDA kernels serve: name some such as 80 "
-                "or 90a"
+                f"{name!r} is no architecture that the CUDA kernels serve: there is "
+                + ", ".join(known)
             )
         found.update(dict.fromkeys(some))
     return list(found)

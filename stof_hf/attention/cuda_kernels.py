@@ -25,7 +25,7 @@ class Family:
     architectures: tuple[str, ...]
     head_dims: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
-    seconds: int = 10
+    seconds: int = 5
 
 
 FAMILIES: dict[str, Family] = {

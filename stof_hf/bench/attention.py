@@ -41,8 +41,8 @@ Record = dict[str, Any]
 
 def grid(
     masks: Iterable[str] = MASKS,
-    batch: Iterable[int] = (1, 16),
-    seq_len: Iterable[int] = (128, 512, 1024, 4096),
+    batch: Iterable[int] = (1, 8, 16),
+    seq_len: Iterable[int] = (128, 256, 512, 1024, 2048, 4096),
     *,
     heads: int = 12,
     kv_heads: int | None = None,
@@ -68,7 +68,7 @@ def cells(
         if sizes or quick:
             return grid(masks, **({"batch": [1], "seq_len": [512, 4096]} | sizes))
         large = {"heads": 32, "kv_heads": 8, "head_dim": 128, "dtype": "bfloat16"}
-        return grid(masks) + grid(masks, [1], [4096, 16384], **large)
+        return grid(masks) + grid(masks, [1], [4096, 16384, 32768], **large)
     lengths = [1024] if quick else [512, 1024, 4096]
     return grid(masks, **({"batch": [1], "seq_len": lengths, "dtype": "float32"} | sizes))
 

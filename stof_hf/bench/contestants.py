@@ -105,10 +105,11 @@ def _sdpa_mask(p: Problem, mask: torch.Tensor) -> Iterator[Call]:
 
 
 @contextmanager
-def _sdpa_causal(p: Problem, mask: None, *, backend: SDPBackend) -> Iterator[Call]:
-    gqa = p.cell.heads != p.cell.kv_heads
+def _sdpa_fused(p: Problem, mask: None, *, backend: SDPBackend) -> Iterator[Call]:
+    options = {"is_causal": p.mask.name == "causal"}
+    options["enable_gqa"] = p.cell.heads != p.cell.kv_heads
     with sdpa_kernel(backend):
-        yield lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, is_causal=True, enable_gqa=gqa)
+        yield lambda: F.scaled_dot_product_attention(p.q, p.k, p.v, **options)
 
 
 def _block_mask(p: Problem, *, block_size: int) -> Any:
@@ -142,7 +143,7 @@ def _fa4(p: Problem, mask: None) -> Iterator[Call]:
     if p.mask.lengths is None:
         window = p.mask.window or (None, None)
         yield lambda: _first(
-            flash_attn_func(q, k, v, causal=p.mask.window is None, window_size=window)
+            flash_attn_func(q, k, v, causal=p.mask.name == "causal", window_size=window)
         ).transpose(1, 2)
         return
     ends = list(accumulate(p.mask.lengths * p.cell.batch))
@@ -173,7 +174,9 @@ def _sparse_mask(p: Problem) -> Any:
     s, name = p.cell.seq_len, p.mask.name
     if name == "bigbird":
         return SparseMask.from_function(p.mask.mod, s, device=p.device)
-    if name == "causal":
+    if name == "full":
+        pattern = patterns.Full()
+    elif name == "causal":
         pattern = patterns.Causal()
     elif name == "sliding":
         pattern = patterns.SlidingWindow(*p.mask.window)
@@ -197,30 +200,35 @@ def _always(cell: Cell, device: torch.device) -> None:
     return None
 
 
-def _causal_only(cell: Cell, device: torch.device) -> str | None:
-    return None if cell.mask == "causal" else "takes no such mask"
+NO_FLASH_ATTN = "flash-attn-4 is not installed: pip install it, or name --contestants without it"
+#: Why a cell is not for a contestant, where nothing is missing.
+NO_SUCH_MASK, CUDA_ONLY, HALF_ONLY = "takes no such mask", "CUDA only", "fp16 and bf16 only"
+
+
+def _dense_only(cell: Cell, device: torch.device) -> str | None:
+    return None if cell.mask in ("full", "causal") else NO_SUCH_MASK
 
 
 def _needs_cuda(cell: Cell, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else "CUDA only"
+    return None if device.type == "cuda" else CUDA_ONLY
 
 
 def _cudnn(cell: Cell, device: torch.device) -> str | None:
-    return _needs_cuda(cell, device) or _causal_only(cell, device)
+    return _needs_cuda(cell, device) or _dense_only(cell, device)
 
 
 def _needs_flash_attn(cell: Cell, device: torch.device) -> str | None:
     if (reason := _needs_cuda(cell, device)) is not None:
         return reason
     if cell.dtype == "float32":
-        return "fp16 and bf16 only"
+        return HALF_ONLY
     found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
-    return None if found else "flash-attn-4 is not installed"
+    return None if found else NO_FLASH_ATTN
 
 
 def _fa4_masks(cell: Cell, device: torch.device) -> str | None:
-    if cell.mask not in ("causal", "sliding", "document"):
-        return "takes no such mask"
+    if cell.mask not in ("full", "causal", "sliding", "document"):
+        return NO_SUCH_MASK
     return _needs_flash_attn(cell, device)
 
 
@@ -235,10 +243,10 @@ CONTESTANTS: dict[str, Contestant] = {
         Contestant("sdpa_mask", _sdpa_mask, _always, lambda p: p.mask.dense(p.device)),
         Contestant(
             "sdpa_flash",
-            partial(_sdpa_causal, backend=SDPBackend.FLASH_ATTENTION),
-            _causal_only,
+            partial(_sdpa_fused, backend=SDPBackend.FLASH_ATTENTION),
+            _dense_only,
         ),
-        Contestant("sdpa_cudnn", partial(_sdpa_causal, backend=SDPBackend.CUDNN_ATTENTION), _cudnn),
+        Contestant("sdpa_cudnn", partial(_sdpa_fused, backend=SDPBackend.CUDNN_ATTENTION), _cudnn),
         _flex_contestant("flex_triton", 128, _needs_cuda),
         _flex_contestant("flex_triton64", 64, _needs_cuda, BLOCK_M=64, BLOCK_N=64),
         _flex_contestant("flex_flash", 128, _needs_flash_attn, BACKEND="FLASH"),

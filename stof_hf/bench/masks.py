@@ -13,7 +13,7 @@ from ..errors import MaskError
 
 __all__ = ["MASKS", "BenchMask", "bench_mask"]
 
-MASKS = ("causal", "sliding", "longformer", "bigbird", "document")
+MASKS = ("full", "causal", "sliding", "longformer", "bigbird", "document")
 
 BLOCK = 32
 _BIGBIRD_SEED = 9
@@ -67,10 +67,10 @@ def document_lengths(seq_len: int) -> tuple[int, ...]:
 def bench_mask(name: str, seq_len: int, device: torch.device) -> BenchMask:
     """The mask called `name`.
 
-    causal; sliding: a causal band of 64; longformer: a band of 32 to each side, 32 global tokens at
-    0 and at seq_len / 2; bigbird: the band, 32 global tokens at 0, and of every row of 32x32 blocks
-    the diagonal block or one of its neighbours filled to 10 % at random; document: packed documents
-    of about 512 tokens, causal inside each.
+    full: no mask; causal; sliding: a causal band of 64; longformer: a band of 32 to each side, 32
+    global tokens at 0 and at seq_len / 2; bigbird: the band, 32 global tokens at 0, and of every
+    row of 32x32 blocks the diagonal block or one of its neighbours filled to 10 % at random;
+    document: packed documents of about 512 tokens, causal inside each.
 
     Raises MaskError for another name and for a seq_len that is no multiple of 32.
     """
@@ -78,6 +78,8 @@ def bench_mask(name: str, seq_len: int, device: torch.device) -> BenchMask:
         raise MaskError(f"no mask is called {name!r}; there are {', '.join(MASKS)}")
     if seq_len % BLOCK:
         raise MaskError(f"seq_len must be a multiple of {BLOCK}, not {seq_len}")
+    if name == "full":
+        return BenchMask(name, seq_len, lambda b, h, q, k: (q >= 0) & (k >= 0))
     if name == "causal":
         return BenchMask(name, seq_len, lambda b, h, q, k: q >= k)
     if name == "sliding":

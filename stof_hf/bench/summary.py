@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .attention import load
-from .contestants import CONTESTANTS, Cell
+from .contestants import CONTESTANTS, CUDA_ONLY, HALF_ONLY, NO_SUCH_MASK, Cell
 
 __all__ = ["detail", "everything", "problems", "ratios", "summary"]
 
+EXPECTED = (NO_SUCH_MASK, CUDA_ONLY, HALF_ONLY)
 PEERS = tuple(name for name in CONTESTANTS if name != "stof")
 
 
@@ -95,13 +96,13 @@ def summary(data: dict[str, Any]) -> Table:
 
 
 def problems(data: dict[str, Any]) -> list[str]:
-    """A line for each contestant that was wrong or raised."""
+    """A line for each contestant that was wrong, raised, or is missing without need."""
     return [
         f"{Cell(**record['cell'])}: {name} {result['status']}, "
         f"{result.get('error') or 'max error {:.3g}'.format(result['max_error'])}"
         for record in data["cells"]
         for name, result in record["results"].items()
-        if result["status"] in ("wrong", "error")
+        if result["status"] != "ok" and result.get("error") not in EXPECTED
     ]
 
 

@@ -357,8 +357,8 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       wgmma_commit();
     };
     uint32_t weights[16];
+    auto await_values = [&](const Ring<C::kStages>& of) { barrier_wait(&s.value_full[of.at], of.parity); };
     auto issue_values = [&](const Ring<C::kStages>& of) {
-      barrier_wait(&s.value_full[of.at], of.parity);
       const uint64_t values = tile_descriptor(s.value[of.at], kChunkBytes);
 #pragma unroll
       for (int i = 0; i < 4; ++i)
@@ -392,8 +392,9 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         pack_weights();
         Ring<C::kStages> pending = stage;
         while (advance()) {
-          pin(o);
+          await_values(pending);
           if (step < together) named_barrier(kTurn + half, kConsumers);
+          pin(o);
           wgmma_fence();
           issue_scores();
           issue_values(pending);
@@ -410,6 +411,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
           pack_weights();
           pending = stage;
         }
+        await_values(pending);
         pin(o);
         wgmma_fence();
         issue_values(pending);
@@ -427,6 +429,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         if (softmax.update(scores, scale, slack, factor)) scale_rows(o, factor);
         softmax.weigh<T>(scores, scale);
         pack_weights();
+        await_values(stage);
         pin(o);
         wgmma_fence();
         issue_values(stage);

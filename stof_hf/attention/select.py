@@ -160,12 +160,11 @@ def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfi
     workers = multiprocessors(q.device) * (2 if dim == 64 else 1)
     # One block a multiprocessor has nobody to hide how an item begins and ends behind.
     cost = 1.0 if dim == 64 else 5.5
+    if batch * heads * -(-q_len // 64) <= workers:
+        return CudaConfig(Layout(1, True, cost), False, workers)
     if heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1:
-        if batch * heads // 2 * -(-q_len // 64) >= workers:
-            return CudaConfig(Layout(1, False, cost), True, workers)
-    elif batch * heads * -(-q_len // 128) >= workers:
-        return CudaConfig(Layout(2, False, cost), False, workers)
-    return CudaConfig(Layout(1, True, cost), False, workers)
+        return CudaConfig(Layout(1, False, cost), True, workers)
+    return CudaConfig(Layout(2, False, cost), False, workers)
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:

@@ -43,7 +43,7 @@ def forward(q, k, v, mask, layout, workers=8, sinks=None):
     from stof_hf.attention import cuda
 
     config = select.CudaConfig(*LAYOUTS[layout], workers, 1 << 18)
-    call = cuda.BlockCall(q, k, v, mask, sinks, 0.2, lambda: None, config)
+    call = cuda.BlockCall(q, k, v, mask, sinks, 0.2, None, config)
     return call(q, k, v, mask, None, sinks)
 
 
@@ -99,6 +99,18 @@ def test_nothing_of_the_workspace_leaks_into_the_next_call(layout):
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
 
 
+@pytest.mark.parametrize(("dim", "kv_heads"), product([64, 128], [12, 4]))
+def test_without_a_mask(dim, kv_heads):
+    q, k, v = make(1, 12, kv_heads, 1100, 1100, dim, torch.float16)
+    out, lse = select.forward(q, k, v, None, bias=None, sinks=None, scale=0.1, softcap=0.0)
+    want, want_lse = reference_attention(
+        q, k, v, None, scale=0.1, softcap=0.0, bias=None, sinks=None
+    )
+    assert out.is_contiguous()
+    torch.testing.assert_close(out.transpose(1, 2).double(), want, atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
+
+
 def test_strides_of_a_packed_projection():
     packed = torch.randn(2, 500, 3, 4, 64, device="cuda", dtype=torch.float16)
     q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
@@ -127,6 +139,16 @@ def test_errors_are_those_of_sdpa():
     ours = attention(q, k, v, mask)
     mine, theirs = ((x.double() - want).square().mean().sqrt() for x in (ours, sdpa))
     assert mine <= 1.1 * theirs
+
+
+def test_the_tensors_of_a_call_are_not_kept():
+    mask = SparseMask.from_pattern(patterns.Causal(), 4096, device="cuda")
+    q, k, v = make(4, 8, 8, 4096, 4096, 64, torch.float16)
+    attention(q, k, v, mask)
+    held = torch.cuda.memory_allocated()
+    size = q.nbytes
+    del q, k, v
+    assert torch.cuda.memory_allocated() <= held - 3 * size
 
 
 def test_works_in_a_cuda_graph_and_on_a_side_stream():

@@ -59,12 +59,12 @@ class Problem(ctypes.Structure):
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-    otherwise: Callable[[], Any],
+    otherwise: Callable[..., Any],
 ) -> BlockCall | None:  # fmt: skip
     """See `calls.forward`; None where no kernel computes such a call.
 
     Args:
-        otherwise: prepares the call elsewhere, for tensors whose rows turn out not to be aligned.
+        otherwise: prepares a call elsewhere, for tensors whose rows turn out not to be aligned.
 
     Raises BuildError where the kernels cannot be built.
     """
@@ -85,7 +85,7 @@ class BlockCall:
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        sinks: torch.Tensor | None, scale: float, otherwise: Callable[[], Any],
+        sinks: torch.Tensor | None, scale: float, otherwise: Callable[..., Any],
         config: select.CudaConfig | None = None,
     ):  # fmt: skip
         kernels = cuda_build.library("hopper", q.shape[3], q.dtype, q.device.index)
@@ -94,7 +94,8 @@ class BlockCall:
         cuda_build.binding()
         self.run = torch.ops.stof_cuda.run.default
         self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
-        self.otherwise, self.other = otherwise, None
+        self.otherwise, self.scale = otherwise, scale
+        self.other: Any = None
         self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
         batch, heads, q_len, dim = q.shape
         kv_heads, kv_len = k.shape[1], k.shape[2]
@@ -136,7 +137,8 @@ class BlockCall:
         bias: torch.Tensor | None, sinks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-            self.other = self.other or self.otherwise()
+            if self.other is None:
+                self.other = self.otherwise(q, k, v, mask, bias, sinks, self.scale, 0.0, False)
             return self.other(q, k, v, mask, bias, sinks)
         if self.casts_sinks:
             sinks = sinks.float()

@@ -41,21 +41,29 @@ def forward(
 def _prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
 ) -> Any:
-    """The call as CUDA or Triton kernels compute it; see `calls.forward`."""
+    """The call as CUDA or Triton kernels or PyTorch compute it; see `calls.forward`."""
     from . import triton
 
-    *rest, on_device = rest
+    *options, on_device = rest
+    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k)):
+        call = _prepare_native(q, k, v, mask, *options, triton.prepare)
+        if call is not None:
+            return call
+    return triton.prepare(q, k, v, mask, *rest)
 
-    def otherwise() -> Any:
-        return triton.prepare(q, k, v, mask, *rest, on_device)
 
-    small = use_row_wise(q, q.shape[3], mask) or use_triton(q, k)
-    if on_device or small or _failures:
-        return otherwise()
-    from . import cuda
+def _prepare_native(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
+) -> Any:
+    from . import cuda, sdpa
 
+    *options, otherwise = rest
+    if (call := sdpa.prepare(q, k, v, mask, *options)) is not None:
+        return call
+    if _failures:
+        return None
     try:
-        return cuda.prepare(q, k, v, mask, *rest, otherwise) or otherwise()
+        return cuda.prepare(q, k, v, mask, *options, otherwise)
     except BuildError as error:
         _failures.append(error)
         warnings.warn(
@@ -64,7 +72,7 @@ def _prepare(
             StofWarning,
             stacklevel=2,
         )
-        return otherwise()
+        return None
 
 
 #: Builds that failed in this process: one warning, and no second try.

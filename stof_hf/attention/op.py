@@ -145,7 +145,8 @@ def _attention(
     q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap
 ):
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
-    return select.forward(q, k, v, full, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+    out, lse = select.forward(q, k, v, full, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+    return out.contiguous(), lse
 
 
 @_attention.register_fake

@@ -9,8 +9,9 @@ import torch
 from ..masks.sparse_mask import SparseMask
 from . import calls
 
-#: Scores from which cuDNN is ahead of the block-wise kernel, measured on an H200.
-_LEAST_SCORES = 12 << 20
+#: From how many scores on cuDNN is ahead of the block-wise kernel, and, for head sizes up to 64, up
+#: to how many blocks of 128 queries; measured on an H200.
+_LEAST_SCORES, _MOST_BLOCKS = 12 << 20, 800
 
 
 def prepare(
@@ -18,10 +19,13 @@ def prepare(
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
 ) -> CudnnCall | None:  # fmt: skip
     """See `calls.forward`; None where a mask has to be applied, or where there is little to do."""
+    blocks = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+    ahead = q.shape[2] >= 512 and scores >= _LEAST_SCORES
+    ahead = ahead and (q.shape[3] > 64 or blocks <= _MOST_BLOCKS)
     dense = (
         mask.pattern == calls.FULL_PATTERN and not mask.is_view and mask.kv_valid is None
-        and bias is None and sinks is None and softcap == 0 and scores >= _LEAST_SCORES
+        and bias is None and sinks is None and softcap == 0 and ahead
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] == v.shape[3] and q.shape[3] <= 128 and q.shape[3] % 8 == 0
         and torch.backends.cuda.cudnn_sdp_enabled()
@@ -31,7 +35,10 @@ def prepare(
 
 
 class CudnnCall:
-    """A call of cuDNN's attention, with the logarithms that the backward pass needs."""
+    """A call of cuDNN's attention, with the logarithms that the backward pass needs.
+
+    Its result lies in memory as the queries do.
+    """
 
     def __init__(self, scale: float):
         self.scale = scale
@@ -41,4 +48,4 @@ class CudnnCall:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse, *_ = self.run(q, k, v, None, True, 0.0, False, False, scale=self.scale)
-        return out.transpose(1, 2).contiguous(), lse.view(q.shape[:3])
+        return out.transpose(1, 2), lse.view(q.shape[:3])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BuildError, StofWarning, UnsupportedError
@@ -45,7 +46,7 @@ def _prepare(
     from . import triton
 
     *options, on_device = rest
-    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k)):
+    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, mask)):
         call = _prepare_native(q, k, v, mask, *options, triton.prepare)
         if call is not None:
             return call
@@ -79,11 +80,21 @@ def _prepare_native(
 _failures: list[BuildError] = []
 
 
-def use_triton(q: torch.Tensor, k: torch.Tensor) -> bool:
+def use_triton(q: torch.Tensor, mask: SparseMask) -> bool:
     """Whether so little is to be done that the Triton kernel, which starts sooner, ends sooner."""
-    batch, heads, q_len, _ = q.shape
-    blocks = batch * heads * -(-q_len // 64)
-    return k.shape[2] <= 128 and blocks <= multiprocessors(q.device)
+    batch, heads = q.shape[:2]
+    steps, longest = tile_counts(mask)
+    return longest <= 4 and batch * heads * steps <= 12 * multiprocessors(q.device)
+
+
+def tile_counts(mask: SparseMask) -> tuple[float, int]:
+    """Tiles of 64 x 64 that a head visits, and those of the 64 queries that visit most."""
+    if "tile_counts" not in mask.plans:
+        ptr, _, length, _ = mask.host_runs()
+        before = np.concatenate([[0], np.cumsum(length)])
+        visits = np.diff(before[ptr], axis=1)
+        mask.plans["tile_counts"] = float(visits.sum(1).mean()), int(visits.max())
+    return mask.plans["tile_counts"]
 
 
 def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:
@@ -168,7 +179,9 @@ def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfi
     workers = multiprocessors(q.device) * (2 if dim == 64 else 1)
     # One block a multiprocessor has nobody to hide how an item begins and ends behind.
     cost = 1.0 if dim == 64 else 5.5
-    if batch * heads * -(-q_len // 64) <= workers:
+    # Where blocks of two row tiles would leave the device half empty, long ones are divided.
+    blocks, tiles = (batch * heads * -(-q_len // n) for n in (128, 64))
+    if tiles <= workers or (blocks < workers and tile_counts(mask)[1] >= 8):
         return CudaConfig(Layout(1, True, cost), False, workers)
     if heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1:
         return CudaConfig(Layout(1, False, cost), True, workers)

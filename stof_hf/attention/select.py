@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import BuildError, StofWarning, UnsupportedError
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
+from .model import launch_us
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
@@ -46,7 +46,7 @@ def _prepare(
     from . import triton
 
     *options, on_device = rest
-    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, mask)):
+    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k, mask)):
         call = _prepare_native(q, k, v, mask, *options, triton.prepare)
         if call is not None:
             return call
@@ -78,23 +78,6 @@ def _prepare_native(
 
 #: Builds that failed in this process: one warning, and no second try.
 _failures: list[BuildError] = []
-
-
-def use_triton(q: torch.Tensor, mask: SparseMask) -> bool:
-    """Whether so little is to be done that the Triton kernel, which starts sooner, ends sooner."""
-    batch, heads = q.shape[:2]
-    steps, longest = tile_counts(mask)
-    return longest <= 4 and batch * heads * steps <= 12 * multiprocessors(q.device)
-
-
-def tile_counts(mask: SparseMask) -> tuple[float, int]:
-    """Tiles of 64 x 64 that a head visits, and those of the 64 queries that visit most."""
-    if "tile_counts" not in mask.plans:
-        ptr, _, length, _ = mask.host_runs()
-        before = np.concatenate([[0], np.cumsum(length)])
-        visits = np.diff(before[ptr], axis=1)
-        mask.plans["tile_counts"] = float(visits.sum(1).mean()), int(visits.max())
-    return mask.plans["tile_counts"]
 
 
 def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:
@@ -173,19 +156,32 @@ class CudaConfig:
     l2_bytes: int = 12 << 20
 
 
+_LAYOUTS = {"rows": (2, False), "paired": (1, True), "heads": (1, False)}
+
+
 def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfig:
-    """How the CUDA block-wise kernel computes a call."""
-    batch, heads, q_len, dim = q.shape
-    workers = multiprocessors(q.device) * (2 if dim == 64 else 1)
+    """How the CUDA block-wise kernel computes a call in the least time."""
+    heads, dim = q.shape[1], q.shape[3]
+    shares_keys = heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1
+    names = [name for name in _LAYOUTS if name != "heads" or shares_keys]
+    name = min(names, key=lambda name: _predicted(name, q, mask))
     # One block a multiprocessor has nobody to hide how an item begins and ends behind.
-    cost = 1.0 if dim == 64 else 5.5
-    # Where blocks of two row tiles would leave the device half empty, long ones are divided.
-    blocks, tiles = (batch * heads * -(-q_len // n) for n in (128, 64))
-    if tiles <= workers or (blocks < workers and tile_counts(mask)[1] >= 8):
-        return CudaConfig(Layout(1, True, cost), False, workers)
-    if heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1:
-        return CudaConfig(Layout(1, False, cost), True, workers)
-    return CudaConfig(Layout(2, False, cost), False, workers)
+    layout = Layout(*_LAYOUTS[name], 1.0 if dim <= 64 else 5.5)
+    workers = multiprocessors(q.device) * (2 if dim <= 64 else 1)
+    return CudaConfig(layout, name == "heads", workers)
+
+
+def use_triton(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> bool:
+    """Whether the Triton kernel, which starts sooner, ends sooner than the CUDA kernel."""
+    config = cuda_config(q, k, mask)
+    name = next(n for n, x in _LAYOUTS.items() if x == (config.layout.tiles, config.layout.paired))
+    return _predicted("triton", q, mask) < _predicted(name, q, mask)
+
+
+def _predicted(name: str, q: torch.Tensor, mask: SparseMask) -> float:
+    batch, heads, _, dim = q.shape
+    processors = multiprocessors(q.device)
+    return launch_us(name, mask, batch * heads, dim, q.itemsize, processors)
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:

@@ -314,7 +314,6 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       if (C::kOverlap && half == 0) named_barrier(kTurn, kConsumers);
       return;
     }
-    const int batch = uniform(shared.batch), first_head = uniform(shared.head), slot = uniform(shared.slot);
     const int steps = uniform(shared.steps), together = uniform(shared.together);
     const int paired = uniform(shared.paired);
     const int tile = uniform(shared.tile[half]);
@@ -469,7 +468,8 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       }
       fence_async_proxy();
     }
-    const int head = first_head + (a.two_heads ? half : 0);
+    const int batch = uniform(shared.batch), slot = uniform(shared.slot);
+    const int head = uniform(shared.head) + (a.two_heads ? half : 0);
     const int64_t pair = (int64_t)batch * a.heads + head;
     // Half 0 has the result of both where they share a row tile.
     const bool stores = active && !(paired && half == 1);

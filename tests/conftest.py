@@ -14,6 +14,9 @@ hypothesis.settings.register_profile(
     "ci", max_examples=50, derandomize=True, deadline=None, database=None, print_blob=True
 )
 hypothesis.settings.register_profile("slow", max_examples=1000, deadline=None, database=None)
+hypothesis.settings.register_profile(
+    "thorough", max_examples=10_000, deadline=None, database=None, print_blob=True
+)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
 
@@ -42,6 +42,8 @@ def make(batch, heads, kv_heads, q_len, kv_len, dim, dtype, seed=0):
 def forward(q, k, v, mask, layout, workers=8, sinks=None):
     from stof_hf.attention import cuda
 
+    # What the kernel allocates comes from this memory: what it does not write shows.
+    torch.full((1 << 22,), torch.nan, device="cuda")
     config = select.CudaConfig(*LAYOUTS[layout], workers, 1 << 18)
     call = cuda.BlockCall(q, k, v, mask, sinks, 0.2, None, config)
     return call(q, k, v, mask, None, sinks)
@@ -57,7 +59,7 @@ def compare(q, k, v, mask, layout, workers=8, sinks=None):
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
 
 
-@settings(max_examples=300, deadline=None)
+# HYPOTHESIS_PROFILE=thorough runs 10,000 of them.
 @given(
     cases(max_heads=1), st.sampled_from(sorted(LAYOUTS)), st.sampled_from([64, 128]),
     st.sampled_from(sorted(TOLERANCE, key=str)), st.sampled_from([1, 8, 264]), st.booleans(),

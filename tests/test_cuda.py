@@ -101,13 +101,17 @@ def test_nothing_of_the_workspace_leaks_into_the_next_call(layout):
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
 
 
-@pytest.mark.parametrize(("dim", "kv_heads"), product([64, 128], [12, 4]))
-def test_without_a_mask(dim, kv_heads):
+@pytest.mark.parametrize(("dim", "kv_heads", "causal"), product([64, 128], [12, 4], [False, True]))
+def test_where_cudnn_is_ahead(dim, kv_heads, causal, monkeypatch):
+    from stof_hf.attention import sdpa
+
+    monkeypatch.setattr(sdpa, "_is_ahead", lambda q, k, causal: True)
     q, k, v = make(1, 12, kv_heads, 1100, 1100, dim, torch.float16)
-    out, lse = select.forward(q, k, v, None, bias=None, sinks=None, scale=0.1, softcap=0.0)
-    want, want_lse = reference_attention(
-        q, k, v, None, scale=0.1, softcap=0.0, bias=None, sinks=None
-    )
+    mask = SparseMask.from_pattern(patterns.Causal(), 1100, device="cuda") if causal else None
+    options = {"bias": None, "sinks": None, "scale": 0.1, "softcap": 0.0}
+    out, lse = select.forward(q, k, v, mask, **options)
+    dense = mask.to_dense() if causal else None
+    want, want_lse = reference_attention(q, k, v, dense, **options)
     assert out.is_contiguous()
     torch.testing.assert_close(out.transpose(1, 2).double(), want, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
@@ -167,4 +171,4 @@ def test_works_in_a_cuda_graph_and_on_a_side_stream():
     out.zero_()
     graph.replay()
     assert torch.equal(out, want)
-    assert "calls" in mask.plans
+    assert "calls without lse" in mask.plans

@@ -65,8 +65,9 @@ def attention(
         scale = query.shape[-1] ** -0.5
     if _plain(query, key, value, bias, sinks) and (mask is None or type(mask) is SparseMask):
         out, _ = select.forward(
-            query, key, value, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap
-        )
+            query, key, value, mask,
+            bias=bias, sinks=sinks, scale=scale, softcap=softcap, with_lse=False,
+        )  # fmt: skip
         return out.transpose(1, 2)
     out, _ = torch.ops.stof.attention(
         query, key, value, *op_arguments(query, key, mask), bias, sinks, scale, softcap

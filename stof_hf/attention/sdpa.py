@@ -1,4 +1,4 @@
-"""PyTorch's own attention for calls without a mask: nothing is sparse about them."""
+"""PyTorch's own attention where nothing is sparse: no mask, or a causal one."""
 
 from __future__ import annotations
 
@@ -6,46 +6,51 @@ from typing import Any
 
 import torch
 
+from ..masks.patterns import Causal
 from ..masks.sparse_mask import SparseMask
 from . import calls
 
-#: From how many scores on cuDNN is ahead of the block-wise kernel, and, for head sizes up to 64, up
-#: to how many blocks of 128 queries; measured on an H200.
-_LEAST_SCORES, _MOST_BLOCKS = 12 << 20, 800
+_CAUSAL = Causal()
 
 
 def prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
 ) -> CudnnCall | None:  # fmt: skip
-    """See `calls.forward`; None where a mask has to be applied, or where there is little to do."""
-    blocks = q.shape[0] * q.shape[1] * -(-q.shape[2] // 128)
-    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
-    ahead = q.shape[2] >= 512 and scores >= _LEAST_SCORES
-    ahead = ahead and (q.shape[3] > 64 or blocks <= _MOST_BLOCKS)
+    """See `calls.forward`; None where a mask has to be applied, or where our kernel is ahead."""
+    causal = (
+        mask.pattern == _CAUSAL and q.shape[2] == k.shape[2] and mask.q_offset == mask.kv_offset
+    )
     dense = (
-        mask.pattern == calls.FULL_PATTERN and not mask.is_view and mask.kv_valid is None
-        and bias is None and sinks is None and softcap == 0 and ahead
+        (causal or mask.pattern == calls.FULL_PATTERN) and _is_ahead(q, k, causal)
+        and not mask.is_view and mask.kv_valid is None
+        and bias is None and sinks is None and softcap == 0
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] == v.shape[3] and q.shape[3] <= 128 and q.shape[3] % 8 == 0
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.cuda.get_device_capability(q.device)[0] >= 9
     )  # fmt: skip
-    return CudnnCall(scale) if dense else None
+    return CudnnCall(scale, causal, with_lse) if dense else None
+
+
+def _is_ahead(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
+    """Whether cuDNN is ahead of the block-wise kernel, as measured on an H200."""
+    batch, heads, q_len, dim = q.shape
+    if causal:
+        return dim > 64 and q_len >= 16384
+    blocks, scores = batch * heads * -(-q_len // 128), batch * heads * q_len * k.shape[2]
+    return q_len >= 256 and scores >= 12 << 20 and (dim > 64 or blocks <= 1000)
 
 
 class CudnnCall:
-    """A call of cuDNN's attention, with the logarithms that the backward pass needs.
+    """A call of cuDNN's attention, whose result lies in memory as the queries do."""
 
-    Its result lies in memory as the queries do.
-    """
-
-    def __init__(self, scale: float):
-        self.scale = scale
+    def __init__(self, scale: float, causal: bool, with_lse: bool):
+        self.scale, self.options = scale, (with_lse, 0.0, causal, False)
         self.run = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = self.run(q, k, v, None, True, 0.0, False, False, scale=self.scale)
-        return out.transpose(1, 2), lse.view(q.shape[:3])
+        out, lse, *_ = self.run(q, k, v, None, *self.options, scale=self.scale)
+        return out.transpose(1, 2), lse.view(q.shape[:3]) if self.options[0] else lse

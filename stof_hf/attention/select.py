@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,15 +20,19 @@ DECODE_ROWS = 16
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask | None, **rest: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask | None, *,
+    with_lse: bool = True, **rest: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run the backend of the tensors' device; see `attention.op` for the arguments.
+
+    Without with_lse the second result may be anything.
 
     Raises UnsupportedError for devices that no backend serves.
     """
     kind = q.device.type
     if kind == "cuda":
-        return calls.forward("calls", _prepare, q, k, v, mask, **rest)
+        name, prepare = _CALLS[with_lse]
+        return calls.forward(name, prepare, q, k, v, mask, **rest)
     if kind == "cpu":
         from . import cpu
 
@@ -40,26 +44,32 @@ def forward(
 
 
 def _prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
+    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
 ) -> Any:
     """The call as CUDA or Triton kernels or PyTorch compute it; see `calls.forward`."""
     from . import triton
 
     *options, on_device = rest
     if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k, mask)):
-        call = _prepare_native(q, k, v, mask, *options, triton.prepare)
+        call = _prepare_native(with_lse, q, k, v, mask, *options, triton.prepare)
         if call is not None:
             return call
     return triton.prepare(q, k, v, mask, *rest)
 
 
+_CALLS = {
+    True: ("calls", partial(_prepare, True)),
+    False: ("calls without lse", partial(_prepare, False)),
+}
+
+
 def _prepare_native(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
+    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
 ) -> Any:
     from . import cuda, sdpa
 
     *options, otherwise = rest
-    if (call := sdpa.prepare(q, k, v, mask, *options)) is not None:
+    if (call := sdpa.prepare(with_lse, q, k, v, mask, *options)) is not None:
         return call
     if _failures:
         return None

@@ -5,11 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from measure import measure
 from strategies import cases
 
 from stof_hf import SparseMask, patterns
+from stof_hf.attention import jit
 from stof_hf.attention.granules import NONE, GranulePlan, Layout, granule_plan
 from stof_hf.masks.sparse_mask import EMPTY, FULL
+
+pytestmark = pytest.mark.skipif(jit.find_compiler() is None, reason="no C++ compiler")
 
 LAYOUTS = {"rows": Layout(2, False), "heads": Layout(1, False), "paired": Layout(1, True)}
 
@@ -115,3 +119,61 @@ def test_a_stripe_of_keys_costs_its_granules():
     # 16 global keys and 64 + 2 * 16 of the band: 112 keys, two steps.
     assert (ordinary[:, 5] == 2).all()
     assert torch.unique(plan.steps[:, :4] % 16).tolist() == [0]
+
+
+def test_rows_of_a_short_tile_are_not_gathered():
+    mask = SparseMask.from_pattern(patterns.Longformer(60, (0, 500)), 1000)
+    gathered = check(mask, LAYOUTS["heads"], 4, 16).rows.numpy()
+    assert 500 in gathered and 999 not in gathered
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("workers", [1, 300])
+def test_two_long_runs_are_computed_apart(layout, workers):
+    mask = SparseMask.from_pattern(~patterns.SlidingWindow(200, 100), 130, 80000, q_offset=37000)
+    plan = check(mask, LAYOUTS[layout], 8, workers)
+    assert len(plan.steps) < 20 and plan.merges.shape[1] == 3
+
+
+def test_equal_rows_share_their_steps():
+    mask = SparseMask.from_pattern(~patterns.Chunked(640), 6400)
+    plan = check(mask, LAYOUTS["heads"], 1, 1)
+    assert len(torch.unique(plan.items[0, :, 4])) <= 10
+
+
+@pytest.mark.parametrize("workers", [7, 64, 264])
+def test_thread_blocks_end_together(workers):
+    mask = SparseMask.from_pattern(patterns.Causal(), 4096)
+    copies, layout = 24, LAYOUTS["heads"]
+    plan = granule_plan(mask, layout, copies, workers, 5)
+    items = plan.items[0].double()
+    # Of a causal row the run is full, the listed step is not.
+    cost = items[:, 3] + 1.25 * items[:, 5] + layout.item_cost
+    queue = plan.queue.view(-1, workers)
+    load = torch.where(queue >= 0, cost[queue.clamp(0) // copies], 0).sum(0)
+    assert load.max() <= load.mean() + 0.4 * cost.max()
+
+
+def test_mask_and_plan_at_131072_tokens_take_little():
+    setup = """
+from stof_hf.attention.granules import Layout, granule_plan
+from stof_hf.masks import SparseMask, patterns as p
+"""
+    work = """made = [
+        p.Causal(),
+        p.Longformer(256, (0, 77000)),
+        p.BigBird(192, (0,), 3),
+        p.Documents(torch.arange(n) // 700) & p.Causal(),
+        p.PrefixLM(9000) & ~p.SlidingWindow(300, 300),
+    ]
+    out = []
+    for pattern in made:
+        begin = time.perf_counter()
+        mask = SparseMask.from_pattern(pattern, n)
+        plan = granule_plan(mask, Layout(2, False), 12, 264, 12)
+        out.append([repr(pattern)[:20], time.perf_counter() - begin])
+    return out"""
+    _, mib, plans = measure(setup, work, 512, 131072)
+    assert mib < 64
+    for name, seconds in plans:
+        assert seconds < 0.1, name

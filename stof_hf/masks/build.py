@@ -8,6 +8,7 @@ their own device, with one synchronisation for every 16,384 tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import MaskError
-from . import bits
+from . import bits, closed_form
 from .bits import TILE
 from .blocks import BlockMaskPattern
 from .device import upload
@@ -58,6 +59,9 @@ def build(
     whole("q_offset", q_offset)
     whole("kv_offset", kv_offset)
     bound = pattern.bind(kv_offset + kv_len)
+    mask = closed_form.build(pattern, bound, q_len, kv_len, q_offset, kv_offset, device)
+    if mask is not None:
+        return mask if padding is None else mask.with_padding(padding)
     batch, heads = bound.batch or 1, bound.heads or 1
     tile_rows = bits.words_per(q_len)
     n = np.arange(batch * heads * tile_rows)
@@ -310,13 +314,15 @@ def _assemble(
     row, col, content = row[at], col[at], content[at]
     counts = np.bincount(row, minlength=rows.count)
     ids, row_ptr, kept = _distinct(counts.reshape(shape[0] * shape[1], -1), col, length, content)
-    runs = (row_ptr, col[kept], length[kept], content[kept])
+    runs = tuple(x.astype(np.int32) for x in (row_ptr, col[kept], length[kept], content[kept]))
     host = (ids.reshape(shape), *runs)
     in_column = -(-(rows.last - rows.first + 1)[row] // 16)
     blocks = np.where(content == FULL, in_column * length * (TILE // 16), 0)
     blocks[content >= 0] = tiles.occupied[content[content >= 0]]
     of_all = shape[0] * shape[1] * -(-q_len // 16) * -(-rows.kv_len // 16)
-    plans = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
+    plans: dict[Any, Any] = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
+    if tiles.words.device.type == "cpu":
+        plans["host_words"] = tiles.words.numpy().view(np.uint64)
     arrays = _upload_together(host, device)
     mask = SparseMask(
         q_len, rows.kv_len, *arrays, tile_bits=upload(tiles.words, device),

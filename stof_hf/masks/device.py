@@ -18,12 +18,24 @@ def upload(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
+    _check_capture()
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+def staging(size: int, device: torch.device) -> torch.Tensor:
+    """int32 [size] on the host, which `upload` takes to `device` without a copy in between."""
+    if device.type != "cuda":
+        return torch.empty(size, dtype=torch.int32, device="cpu")
+    _check_capture()
+    return torch.empty(size, dtype=torch.int32, device="cpu", pin_memory=True)
+
+
+def _check_capture() -> None:
     if torch.cuda.is_current_stream_capturing():
         raise MaskError(
             "a mask cannot be built while a CUDA graph is captured: run the same call once before "
             "the capture (a warm-up, which CUDA graphs need anyway), with the mask kept between"
         )
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 def keep(make: Callable[[], Any], device: torch.device) -> Any:

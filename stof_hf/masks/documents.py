@@ -36,7 +36,7 @@ class Documents(Pattern):
                 f"{list(ids.shape)} of {ids.dtype}"
             )
         ids = ids.to("cpu", torch.int64, copy=True)
-        ids = ids.reshape(-1, ids.shape[-1])
+        ids = ids.reshape(-1, ids.shape[-1]).contiguous()
         object.__setattr__(self, "ids", tuple(map(tuple, ids.tolist())))
         object.__setattr__(self, "batch", ids.shape[0] if ids.shape[0] > 1 else None)
         object.__setattr__(self, "_table", {torch.device("cpu"): ids})
@@ -53,6 +53,11 @@ class Documents(Pattern):
         begins = torch.zeros_like(pos)
         begins[..., 1:] = pos[..., 1:] != pos[..., :-1] + 1
         return cls(begins.cumsum(-1))  # type: ignore[arg-type]
+
+    @property
+    def table(self) -> torch.Tensor:
+        """The ids, int64 [B or 1, S], on the host."""
+        return self._table[torch.device("cpu")]  # type: ignore[attr-defined]
 
     def _ids_on(self, device: torch.device) -> torch.Tensor:
         table: dict[torch.device, torch.Tensor] = self._table  # type: ignore[attr-defined]
@@ -71,14 +76,14 @@ class Documents(Pattern):
 
     @cached_property
     def fingerprint(self) -> str:
-        ids = self._table[torch.device("cpu")].numpy()  # type: ignore[attr-defined]
+        ids = self.table.numpy()
         text = f"Documents{ids.shape}".encode() + ids.tobytes()
         return hashlib.sha256(text).hexdigest()[:24]
 
     @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray] | None:
         """First and last + 1 key that each query sees, [B, S], if documents are contiguous."""
-        ids = self._table[torch.device("cpu")].numpy()  # type: ignore[attr-defined]
+        ids = self.table.numpy()
         batch, n = ids.shape
         change = np.ones((batch, n), bool)
         change[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -96,7 +101,7 @@ class Documents(Pattern):
         if self._bounds is None:
             return rows.all(), rows.none()
         first, last = self._bounds
-        ids = self._table[torch.device("cpu")].numpy()  # type: ignore[attr-defined]
+        ids = self.table.numpy()
         n = ids.shape[1]
         b = rows.batch if self.batch else np.zeros_like(rows.batch)
         q0, q1 = np.clip(rows.first, 0, n - 1), np.clip(rows.last, 0, n - 1)

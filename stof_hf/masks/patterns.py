@@ -209,21 +209,21 @@ class _Composed(Pattern):
         raise NotImplementedError
 
     @cached_property
-    def _parts(self) -> Pattern:
+    def composed(self) -> Pattern:
         return self.parts()
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
-        return self._parts(b, h, q, k)
+        return self.composed(b, h, q, k)
 
     def bind(self, kv_len: int) -> Pattern:
-        bound = self._parts.bind(kv_len)
-        return self if bound is self._parts else bound
+        bound = self.composed.bind(kv_len)
+        return self if bound is self.composed else bound
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
-        return rows.structure_of(self._parts)
+        return rows.structure_of(self.composed)
 
     def exact_key(self, rows: Rows, row: np.ndarray, tile: np.ndarray) -> np.ndarray:
-        return self._parts.exact_key(rows, row, tile)
+        return self.composed.exact_key(rows, row, tile)
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +272,7 @@ class BigBird(_Composed):
         tokens = positions("global_tokens", self.global_tokens)
         object.__setattr__(self, "global_tokens", tokens)
         whole("window", self.window)
-        object.__setattr__(self, "length_free", self._parts.length_free)
+        object.__setattr__(self, "length_free", self.composed.length_free)
 
     def parts(self) -> Pattern:
         local = SlidingWindow(self.window, self.window) | GlobalTokens(self.global_tokens)

@@ -58,15 +58,16 @@ class RandomBlocks(Pattern):
             whole(name, getattr(self, name), least)
         if not isinstance(self.fill, int | float) or not 0 < self.fill <= 1:
             raise MaskError(f"fill must lie in (0, 1], not {self.fill!r}")
-        if self.kv_len is not None and not self.causal and self.blocks > self._key_blocks:
+        if self.kv_len is not None and not self.causal and self.blocks > self.key_blocks:
             raise MaskError(
                 f"{self.blocks} random blocks were asked for, but {self.kv_len} keys make only "
-                f"{self._key_blocks} blocks of {self.block_size}: ask for fewer or smaller blocks"
+                f"{self.key_blocks} blocks of {self.block_size}: ask for fewer or smaller blocks"
             )
         object.__setattr__(self, "length_free", self.causal)
 
     @property
-    def _key_blocks(self) -> int:
+    def key_blocks(self) -> int:
+        """Number of key blocks that are drawn from."""
         return -(-(self.kv_len or 0) // self.block_size)
 
     def bind(self, kv_len: int) -> RandomBlocks:
@@ -81,7 +82,7 @@ class RandomBlocks(Pattern):
         """
         if not self.causal and self.kv_len is None:
             raise MaskError("this pattern depends on the number of keys: call pattern.bind(kv_len)")
-        total = row + 1 if self.causal else torch.full_like(row, self._key_blocks)
+        total = row + 1 if self.causal else torch.full_like(row, self.key_blocks)
         base = _mix(_mix(row + 1) + self.seed)
         out: list[torch.Tensor] = []
         for m in range(self.blocks):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 FULL, EMPTY = -1, -2
 #: Entries of `plans` that hold on every device.
-HOST_FACTS = ("host_runs", "valid_share")
+HOST_FACTS = ("host_runs", "host_words", "valid_share")
 #: `plans` by `tile_bits`, for masks that travel through torch's dispatcher as bare tensors.
 PLANS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 STRUCTURE = ("pattern_id", "row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
@@ -267,14 +267,23 @@ class SparseMask(ActsAsTensor):
             self, q_len=q_len, kv_len=kv_len, row_start=start, col_start=col_start, kv_valid=None
         )
 
-    def host_runs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """row_ptr, run_col, run_len and run_bits as int64 arrays on the host.
+    def host_runs(self) -> tuple[np.ndarray, ...]:
+        """row_ptr, run_col, run_len and run_bits as int64 arrays on the host; see `host_arrays`."""
+        return tuple(x.astype(np.int64) for x in self._host_runs())
+
+    def host_arrays(self) -> tuple[np.ndarray, ...]:
+        """row_ptr, run_col, run_len, run_bits (int32) and tile_bits (uint64) on the host.
 
         Builders leave them with the mask; otherwise they are copied once, with a synchronisation.
         """
+        if "host_words" not in self.plans:
+            self.plans["host_words"] = self.tile_bits.cpu().numpy().view(np.uint64)
+        return *self._host_runs(), self.plans["host_words"]
+
+    def _host_runs(self) -> tuple[np.ndarray, ...]:
         if "host_runs" not in self.plans:
             runs = (self.row_ptr, self.run_col, self.run_len, self.run_bits)
-            self.plans["host_runs"] = tuple(x.cpu().numpy().astype(np.int64) for x in runs)
+            self.plans["host_runs"] = tuple(x.cpu().numpy() for x in runs)
         return self.plans["host_runs"]
 
     def to_dense(self) -> torch.Tensor:

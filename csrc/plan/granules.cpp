@@ -1,0 +1,91 @@
+// What the CUDA tensor-core kernels stream, derived from a mask's runs: see
+// stof_hf/attention/granules.py for what it is asked for and csrc/cuda/problem.h for what it makes.
+//
+// The time that this takes is part of what a user pays for a new mask, so all of it is proportional
+// to the size of the mask and of the plan: nothing is sorted but the items, which are few.
+
+#include <cstdlib>
+#include <memory>
+
+#include "../masks/result.h"
+#include "schedule.h"
+
+namespace stof {
+
+class Plan : public Result {
+ public:
+  explicit Plan(const PlanRequest& p) : contents_(p), rows_(p, contents_), steps_(p, contents_) {
+    std::vector<int32_t> ends;
+    blocks_.reserve(rows_.tiles.size());
+    int32_t at = 0;
+    for (int32_t end : rows_.ends) {
+      const int32_t ordinary = at + (int32_t)p.tile_rows;
+      while (at < end) {
+        const Rows::Tile& one = rows_.tiles[at];
+        const bool paired = p.tiles == 2 && at + 1 < ordinary;
+        if (!paired) {
+          blocks_.push_back(steps_.block(rows_, one, nullptr));
+        } else if (const Rows::Tile& two = rows_.tiles[at + 1]; alike(one, two)) {
+          blocks_.push_back(steps_.block(rows_, one, &two));
+        } else {
+          blocks_.push_back(steps_.block(rows_, one, nullptr));
+          blocks_.push_back(steps_.block(rows_, two, nullptr));
+        }
+        at += 1 + paired;
+      }
+      ends.push_back((int32_t)blocks_.size());
+    }
+    schedule_ = std::make_unique<Schedule>(p, blocks_, steps_.parts, ends);
+    if (steps_.bits.empty()) steps_.bits.assign(2 * kTile, 0);
+  }
+
+  // Counts and then offsets, as stof_hf/attention/granules.py reads them.
+  void describe(int64_t* info) {
+    *info++ = (int64_t)schedule_->items.size();
+    *info++ = (int64_t)steps_.steps.size();
+    *info++ = (int64_t)steps_.bits.size() / (2 * kTile);
+    *info++ = (int64_t)rows_.lists.size() / kTile;
+    *info++ = (int64_t)schedule_->merges.size();
+    *info++ = (int64_t)schedule_->queue.size();
+    *info++ = schedule_->slots;
+    *info++ = append(schedule_->items);
+    *info++ = append(steps_.steps);
+    *info++ = append(steps_.bits);
+    *info++ = append(rows_.lists);
+    *info++ = append(schedule_->merges);
+    *info++ = append(schedule_->queue);
+    *info++ = bytes();
+  }
+
+ private:
+  // Two tiles share a block only if one would not wait long for the other.
+  bool alike(const Rows::Tile& one, const Rows::Tile& other) const {
+    const int64_t a = visits(one), b = visits(other);
+    return (double)std::abs(a - b) <= 0.3 * (double)(a + b) + 4;
+  }
+
+  int64_t visits(const Rows::Tile& tile) const {
+    int64_t sum = 0;
+    for (int32_t i = tile.first; i < tile.last; ++i) sum += rows_.runs[i].len;
+    return sum;
+  }
+
+  Contents contents_;
+  Rows rows_;
+  Steps steps_;
+  std::vector<Block> blocks_;
+  std::unique_ptr<Schedule> schedule_;
+};
+
+}  // namespace stof
+
+extern "C" __attribute__((visibility("default"))) void* stof_plan(const stof::PlanRequest* request,
+                                                                  int64_t* info) {
+  try {
+    auto plan = std::make_unique<stof::Plan>(*request);
+    plan->describe(info);
+    return static_cast<stof::Result*>(plan.release());
+  } catch (...) {
+    return nullptr;
+  }
+}

@@ -1,0 +1,283 @@
+// Row tiles: 64 query rows that are computed together, and the key tiles that they see.
+//
+// Rows that see far more keys than their neighbours (global tokens) are taken out of their tiles
+// and gathered in tiles of their own. What a tile holds for rows that it no longer has does not
+// matter.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "plan.h"
+
+namespace stof {
+
+// The mask's tiles and those that gathering rows makes, with what is known of their granules: bit g
+// of `held` and `whole` says that granule g holds something, or everything.
+class Contents {
+ public:
+  explicit Contents(const PlanRequest& p) : base_(p.words), bases_((int32_t)p.contents) {
+    for (int32_t i = 0; i < bases_; ++i) note(base_ + (int64_t)i * kTile);
+  }
+
+  const uint64_t* operator[](int32_t i) const {
+    return i < bases_ ? base_ + (int64_t)i * kTile : more_[i - bases_];
+  }
+
+  int32_t size() const { return bases_ + more_.size(); }
+
+  int held(int32_t i) const { return i == kFull ? 15 : i == kEmpty ? 0 : held_[i]; }
+  int whole(int32_t i) const { return i == kFull ? 15 : i == kEmpty ? 0 : whole_[i]; }
+
+  // A tile of which only the rows matter whose word in `rows` is all ones (else zero): kFull,
+  // kEmpty or an index.
+  int32_t add(const uint64_t* words, const uint64_t (&rows)[kTile]) {
+    uint64_t any = 0, all = kAll;
+    for (int r = 0; r < kTile; ++r) {
+      any |= words[r] & rows[r];
+      all &= words[r] | ~rows[r];
+    }
+    if (all == kAll) return kFull;
+    if (any == 0) return kEmpty;
+    uint64_t other = 0;
+    for (int g = 0; g < kPerTile; ++g) {
+      const uint64_t granule = 0xffffull << kGranule * g;
+      if ((all & granule) == granule) other |= granule;
+    }
+    uint64_t copy[kTile];
+    for (int r = 0; r < kTile; ++r) copy[r] = (words[r] & rows[r]) | (other & ~rows[r]);
+    const int32_t known = more_.size(), index = more_.add(copy);
+    if (index == known) note(copy);
+    return bases_ + index;
+  }
+
+ private:
+  void note(const uint64_t* words) {
+    uint64_t any = 0, all = kAll;
+    for (int r = 0; r < kTile; ++r) {
+      any |= words[r];
+      all &= words[r];
+    }
+    int held = 0, whole = 0;
+    for (int g = 0; g < kPerTile; ++g) {
+      held |= ((any >> kGranule * g & 0xffff) != 0) << g;
+      whole |= ((all >> kGranule * g & 0xffff) == 0xffff) << g;
+    }
+    held_.push_back((uint8_t)held);
+    whole_.push_back((uint8_t)whole);
+  }
+
+  const uint64_t* base_;
+  int32_t bases_;
+  TileSet more_;
+  std::vector<uint8_t> held_, whole_;
+};
+
+class Rows {
+ public:
+  struct Tile {
+    int32_t name;  // problem.h
+    int32_t first, last;  // its runs
+  };
+
+  std::vector<Run> runs;
+  std::vector<Tile> tiles;     // of all patterns, the ordinary ones of each in front
+  std::vector<int32_t> ends;   // where each pattern's tiles end
+  std::vector<int32_t> lists;  // [n][64]: rows of the tiles with a negative name, -1: none
+
+  Rows(const PlanRequest& p, Contents& contents) : p_(p), contents_(contents) {
+    const int64_t total = p.row_ptr[p.patterns * (p.tile_rows + 1) - 1];
+    runs.reserve(total);
+    tiles.reserve(p.patterns * p.tile_rows);
+    count_granules();
+    for (int64_t i = 0; i < p.patterns; ++i) {
+      find_heavy(i);
+      if (!heavy_rows_.empty())
+        regroup(i);
+      else
+        for (int64_t t = 0; t < p.tile_rows; ++t) copy(i, t);
+      ends.push_back((int32_t)tiles.size());
+    }
+    if (lists.empty()) lists.assign(kTile, -1);
+  }
+
+ private:
+  const int32_t* row_ptr(int64_t pattern) const {
+    return p_.row_ptr + pattern * (p_.tile_rows + 1);
+  }
+
+  uint64_t in_range(int64_t tile) const { return low_bits(p_.q_len - tile * kTile); }
+
+  // How many granules of each tile each row holds.
+  void count_granules() {
+    counts_.resize(p_.contents * kTile);
+    for (int64_t i = 0; i < p_.contents * kTile; ++i) {
+      int n = 0;
+      for (int g = 0; g < kPerTile; ++g) n += (p_.words[i] >> kGranule * g & 0xffff) != 0;
+      counts_[i] = (uint8_t)n;
+    }
+  }
+
+  // The rows of a pattern that see far more granules than a quarter of their tile's rows do, where
+  // it saves more to gather them than their tiles cost.
+  void find_heavy(int64_t pattern) {
+    const int32_t* ptr = row_ptr(pattern);
+    heavy_.assign(p_.tile_rows, 0);
+    heavy_rows_.clear();
+    int64_t saved = 0;
+    for (int64_t t = 0; t < p_.tile_rows; ++t) {
+      int32_t seen[kTile] = {}, full = 0;
+      for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
+        if (p_.run_bits[i] == kFull) {
+          full += p_.run_len[i] * kPerTile;
+          continue;
+        }
+        const uint8_t* count = counts_.data() + (int64_t)p_.run_bits[i] * kTile;
+        for (int r = 0; r < kTile; ++r) seen[r] += count[r];
+      }
+      const int rows = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
+      const auto far = [&](int32_t light) { return 2 * (light + full) + 8 - full; };
+      int32_t least = INT32_MAX, most = 0;
+      for (int r = 0; r < rows; ++r) {
+        least = std::min(least, seen[r]);
+        most = std::max(most, seen[r]);
+      }
+      if (most <= far(least)) continue;
+      int32_t sorted[kTile];
+      std::copy(seen, seen + rows, sorted);
+      std::nth_element(sorted, sorted + rows / 4, sorted + rows);
+      const int32_t limit = far(sorted[rows / 4]);
+      for (int r = 0; r < rows; ++r) {
+        if (seen[r] <= limit) continue;
+        heavy_[t] |= 1ull << r;
+        heavy_rows_.push_back((int32_t)(t * kTile + r));
+      }
+      if (heavy_[t]) saved += saved_by(ptr[t], ptr[t + 1], heavy_[t]);
+    }
+    const int64_t columns = ceil_div(p_.kv_len, kTile);
+    const int64_t spent = ceil_div((int64_t)heavy_rows_.size(), kTile) * columns * kPerTile;
+    if ((double)saved <= 1.1 * (double)spent) heavy_rows_.clear();
+  }
+
+  // Granules that the runs hold for these rows alone.
+  int64_t saved_by(int64_t first, int64_t last, uint64_t heavy) const {
+    uint64_t rows[kTile];
+    spread(~heavy, rows);
+    int64_t saved = 0, before = 0;
+    int32_t content = kEmpty;
+    for (int64_t i = first; i < last; ++i) {
+      if (p_.run_bits[i] == kFull) continue;
+      if (p_.run_bits[i] != content) {
+        content = p_.run_bits[i];
+        const uint64_t* words = p_.words + (int64_t)content * kTile;
+        uint64_t with = 0, without = 0;
+        for (int r = 0; r < kTile; ++r) {
+          with |= words[r];
+          without |= words[r] & rows[r];
+        }
+        before = 0;
+        for (int g = 0; g < kPerTile; ++g) {
+          const uint64_t granule = 0xffffull << kGranule * g;
+          before += (with & granule) && !(without & granule);
+        }
+      }
+      saved += before;
+    }
+    return saved;
+  }
+
+  void begin(int32_t name) {
+    const int32_t at = (int32_t)runs.size();
+    tiles.push_back({name, at, at});
+  }
+
+  // Appends to the last tile's runs, in order; full ones that touch become one.
+  void append(Run run) {
+    Tile& tile = tiles.back();
+    if (run.content == kEmpty) return;
+    if (run.content == kFull && tile.last > tile.first && runs.back().content == kFull &&
+        runs.back().end() == run.col) {
+      runs.back().len += run.len;
+      return;
+    }
+    runs.push_back(run);
+    ++tile.last;
+  }
+
+  Run run(int64_t i) const { return {p_.run_col[i], p_.run_len[i], p_.run_bits[i]}; }
+
+  void copy(int64_t pattern, int64_t t) {
+    const int32_t* ptr = row_ptr(pattern);
+    begin((int32_t)t);
+    for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) runs.push_back(run(i));
+    tiles.back().last = (int32_t)runs.size();
+  }
+
+  // A word of ones for each bit that is set, of zeros for each other.
+  static void spread(uint64_t bits, uint64_t (&words)[kTile]) {
+    for (int r = 0; r < kTile; ++r) words[r] = -(bits >> r & 1);
+  }
+
+  int32_t new_name() const { return -1 - (int32_t)(lists.size() / kTile); }
+
+  void regroup(int64_t pattern) {
+    const int32_t* ptr = row_ptr(pattern);
+    for (int64_t t = 0; t < p_.tile_rows; ++t) {
+      if (!heavy_[t]) {
+        copy(pattern, t);
+        continue;
+      }
+      uint64_t kept[kTile];
+      spread(in_range(t) & ~heavy_[t], kept);
+      begin(new_name());
+      for (int r = 0; r < kTile; ++r) lists.push_back(kept[r] ? (int32_t)(t * kTile + r) : -1);
+      // Neighbours often hold the same.
+      int32_t content = kEmpty, without = kEmpty;
+      for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
+        Run one = run(i);
+        if (one.content != kFull) {
+          if (one.content != content) {
+            content = one.content;
+            without = contents_.add(p_.words + (int64_t)content * kTile, kept);
+          }
+          one.content = without;
+        }
+        append(one);
+      }
+    }
+    for (size_t at = 0; at < heavy_rows_.size(); at += kTile)
+      gather(ptr, heavy_rows_.data() + at, (int)std::min<size_t>(kTile, heavy_rows_.size() - at));
+  }
+
+  void gather(const int32_t* ptr, const int32_t* rows, int count) {
+    const int64_t columns = ceil_div(p_.kv_len, kTile);
+    gathered_.assign(columns * kTile, 0);
+    for (int first = 0, last; first < count; first = last) {
+      const int64_t t = rows[first] / kTile;
+      for (last = first; last < count && rows[last] / kTile == t;) ++last;
+      for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
+        const int64_t bits = p_.run_bits[i];
+        uint64_t words[kTile];
+        for (int lane = first; lane < last; ++lane)
+          words[lane] = bits == kFull ? kAll : p_.words[bits * kTile + rows[lane] % kTile];
+        for (int64_t c = p_.run_col[i]; c < p_.run_col[i] + p_.run_len[i]; ++c)
+          std::copy(words + first, words + last, gathered_.data() + c * kTile + first);
+      }
+    }
+    begin(new_name());
+    for (int lane = 0; lane < kTile; ++lane) lists.push_back(lane < count ? rows[lane] : -1);
+    uint64_t used[kTile];
+    spread(low_bits(count), used);
+    for (int64_t c = 0; c < columns; ++c)
+      append({(int32_t)c, 1, contents_.add(gathered_.data() + c * kTile, used)});
+  }
+
+  const PlanRequest& p_;
+  Contents& contents_;
+  std::vector<uint8_t> counts_;
+  std::vector<uint64_t> heavy_;  // rows of each tile, as bits
+  std::vector<int32_t> heavy_rows_;
+  std::vector<uint64_t> gathered_;
+};
+
+}  // namespace stof

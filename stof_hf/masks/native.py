@@ -1,0 +1,49 @@
+"""The host library: masks and plans made by C++ (csrc/masks, csrc/plan), in microseconds."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from functools import lru_cache
+
+import torch
+
+from .device import staging
+
+_FLAGS = (
+    "-O3",
+    "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
+    "-fvisibility=hidden",
+)
+
+
+@lru_cache(1)
+def library() -> ctypes.CDLL:
+    """The library, built at first use. Raises BuildError where it does not build."""
+    from ..attention import jit
+
+    made = jit.load_library("stof_host", ["masks/mask.cpp", "plan/granules.cpp"], _FLAGS)
+    for function in (made.stof_mask, made.stof_plan):
+        function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+        function.restype = ctypes.c_void_p
+    made.stof_take.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    made.stof_take.restype = None
+    return made
+
+
+def take(result: int | None, size: int, device: torch.device) -> torch.Tensor:
+    """The arrays that a call of the library made, `size` bytes, as one int32 tensor on the host.
+
+    Args:
+        device: where the tensor is uploaded to; see `staging`.
+
+    Raises MemoryError where the call failed, and what `staging` raises.
+    """
+    if not result:
+        raise MemoryError("a mask or its plan does not fit into the host's memory")
+    host = None
+    try:
+        host = staging(size // 4, device)
+    finally:
+        library().stof_take(result, None if host is None else host.data_ptr())
+    return host

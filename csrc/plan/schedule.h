@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 #include "steps.h"
@@ -33,7 +34,10 @@ class Workers {
   // Calls give(worker) for each of `count` items of the same cost.
   template <typename Give>
   void take(double cost, int64_t count, Give give) {
-    const int ticks = std::max(1, (int)(cost * scale_ + 0.5));
+    // What rounding leaves is made up for by later items.
+    const double exact = cost * scale_ + left_;
+    const int ticks = std::max(1, (int)(exact + 0.5));
+    left_ = std::max(exact - ticks, -0.5);
     while (count > 0) {
       if (head_[now_] < 0) advance();
       const int32_t first = head_[now_];
@@ -69,7 +73,7 @@ class Workers {
     now_ = at * 64 + __builtin_ctzll(word);
   }
 
-  double scale_;
+  double scale_, left_ = 0;
   int now_ = 0;
   uint64_t used_[kTicks / 64] = {};
   std::vector<int32_t> next_;
@@ -117,8 +121,10 @@ class Schedule {
     for (const Part& part : parts) costs.push_back(part.cost);
     const double sum = std::accumulate(costs.begin(), costs.end(), 0.0);
     const double share = std::max(sum * p_.copies / (p_.patterns * p_.workers), 8.0);
-    std::nth_element(costs.begin(), costs.begin() + costs.size() / 2, costs.end());
-    const double usual = costs[costs.size() / 2];
+    const auto middle = costs.begin() + costs.size() / 2;
+    std::nth_element(costs.begin(), middle, costs.end());
+    const double usual =
+        costs.size() % 2 ? *middle : (*middle + *std::max_element(costs.begin(), middle)) / 2;
     pieces_.reserve(parts.size());
     for (const Part& part : parts) {
       const double limit = part.cost > 3 * usual ? std::max(share / 3, 8.0) : share;
@@ -187,7 +193,8 @@ class Schedule {
   void fill_queue() {
     const int64_t total = (int64_t)costs_.size() * p_.copies;
     if (total <= p_.workers) return;
-    const double limit = 3 * costs_[costs_.size() / 2];
+    if (total > INT32_MAX) throw std::length_error("more items than the kernels count");
+    const double limit = 1.5 * (costs_[costs_.size() / 2] + costs_[(costs_.size() - 1) / 2]);
     const int64_t heavy =
         std::find_if(costs_.begin(), costs_.end(), [&](double c) { return c <= limit; }) -
         costs_.begin();

@@ -34,10 +34,7 @@ class Workers {
   // Calls give(worker) for each of `count` items of the same cost.
   template <typename Give>
   void take(double cost, int64_t count, Give give) {
-    // What rounding leaves is made up for by later items.
-    const double exact = cost * scale_ + left_;
-    const int ticks = std::max(1, (int)(exact + 0.5));
-    left_ = std::max(exact - ticks, -0.5);
+    const int ticks = std::max(1, (int)(cost * scale_ + 0.5));
     while (count > 0) {
       if (head_[now_] < 0) advance();
       const int32_t first = head_[now_];
@@ -73,7 +70,7 @@ class Workers {
     now_ = at * 64 + __builtin_ctzll(word);
   }
 
-  double scale_, left_ = 0;
+  double scale_;
   int now_ = 0;
   uint64_t used_[kTicks / 64] = {};
   std::vector<int32_t> next_;

@@ -223,7 +223,7 @@ class RandomBlocks : public Spans {
       for (int c = __builtin_ctzll(out[r]) & ~7; c < end; c += 8) {
         const Lanes lane = Lanes{0, 1, 2, 3, 4, 5, 6, 7} + (uint64_t)c;
         const Lanes drawn = draw_from(of_row ^ (lane + (uint64_t)key_of(tile)));
-        held |= (Lanes)((drawn & 0xffffff) < fill_) & 1ull << lane;
+        held |= (Lanes)((drawn & 0xffffff) < fill_) & ((Lanes{} + 1) << lane);
       }
       uint64_t word = 0;
       for (int i = 0; i < 8; ++i) word |= held[i];

@@ -63,7 +63,7 @@ def device(request):
         return
     library = request.getfixturevalue("emulated")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiles, "library", lambda device: library)
+        patch.setattr(tiles, "library", lambda x: library if x.type == "cpu" else LIBRARY(x))
         yield chosen
 
 
@@ -107,6 +107,12 @@ def spread(x, kind):
     return x
 
 
+def moved(x, device):
+    """x on the device, expanded as before."""
+    expanded = len(x) > 1 and x.stride(0) == 0
+    return x[:1].to(device).expand(x.shape) if expanded else x.to(device)
+
+
 LAYOUTS = ["contiguous", "columns first", "heads last", "part of a larger one", "aligned part"]
 
 
@@ -132,7 +138,7 @@ def denses(draw):
 
 @given(denses(), st.sampled_from(LAYOUTS))
 def test_dense(device, x, layout):
-    mask = SparseMask.from_dense(spread(x.to(device), layout))
+    mask = SparseMask.from_dense(spread(moved(x, device), layout))
     want = plainly(lambda: SparseMask.from_dense(x))
     check(mask, want)
     if x.shape[:2] == (1, 1):
@@ -223,26 +229,29 @@ def test_a_block_mask_that_forbids_what_its_function_allows(device):
     check(SparseMask.from_block_mask(less), plainly(lambda: SparseMask.from_dense(want)))
 
 
-def test_sizes_beyond_what_is_expected(device, monkeypatch):
+@pytest.fixture
+def waits(monkeypatch):
+    """A list that grows wherever a builder waits for the device."""
+    counted, count = [], tiles._Builder.count
+    monkeypatch.setattr(tiles._Builder, "count", lambda x: counted.append(x) or count(x))
+    return counted
+
+
+def test_sizes_beyond_what_is_expected(device, waits, monkeypatch):
     x = torch.rand(1, 2, 200, 700) < 0.5
     x[0, 0] = torch.ones(200, 700).tril()
     want = plainly(lambda: SparseMask.from_dense(x))
-    counted = []
-    count = tiles._Builder.count
-    monkeypatch.setattr(
-        tiles._Builder, "count", lambda self: counted.append(self.capacity) or count(self)
-    )
 
-    def check_all(waits):
+    def check_all(times):
         makers = (
             lambda: SparseMask.from_dense(x.to(device)),
             lambda: SparseMask.from_pattern(patterns.Dense(x.to(device)), 200, 700, device=device),
             lambda: SparseMask.from_block_mask(block_masks(device, x, 64)),
         )
-        for make, times in zip(makers, waits, strict=True):
-            counted.clear()
+        for make, expected in zip(makers, times, strict=True):
+            waits.clear()
             check(make(), want)
-            assert len(counted) == times
+            assert len(waits) == expected
 
     check_all((1, 1, 1))
     monkeypatch.setattr(tiles, "_CHUNK", 30)
@@ -287,7 +296,7 @@ def test_without_a_build_pytorch_serves(monkeypatch):
 
 
 def synchronisations(make):
-    """make(), and how often the host waited for the device."""
+    """make(), and how often PyTorch says that the host waited for the device."""
     torch.cuda.synchronize()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -310,7 +319,7 @@ def elements(name, size):
 
 @needs_gpu
 @pytest.mark.parametrize("name", ["causal", "Longformer"])
-def test_one_synchronisation_at_build_and_none_later(name):
+def test_one_synchronisation_at_build_and_none_later(name, waits):
     x = elements(name, 4096)
     block_mask = create_block_mask(
         lambda b, h, q, k: x[q, k], None, None, 4096, 4096, device="cuda", BLOCK_SIZE=128
@@ -332,15 +341,16 @@ def test_one_synchronisation_at_build_and_none_later(name):
     want = attention(q, k, v, SparseMask.from_dense(x))
     for kind, make in makers.items():
         make()
+        waits.clear()
         mask, count = synchronisations(make)
-        print(f"{name}, {kind}: {count} synchronisations")
-        assert count == 1
+        assert len(waits) == 1 and count <= 1, (kind, len(waits), count)
         torch.cuda.set_sync_debug_mode("error")
         try:
             out = attention(q, k, v, mask)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert name != "causal" or kind == "combined" or torch.equal(out, want)
+        if name == "causal" or kind != "combined":
+            assert torch.equal(out, want), kind
 
 
 @needs_gpu
@@ -406,7 +416,7 @@ def test_time(capsys):
                 f"{median_ms(lambda u=unaligned: SparseMask.from_dense(u)):.3f}, function "
                 f"{median_ms(lambda x=x, n=size: function_mask(x, n)):.3f}"
             )
-        assert alone < limit or size > 16384
+        assert alone < limit
 
 
 def function_mask(x, size):

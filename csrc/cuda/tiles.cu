@@ -15,7 +15,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <type_traits>
 
 #include "tiles.h"
 
@@ -161,14 +161,19 @@ __device__ void pack_wide(const uint8_t* at, int64_t row_stride, int rows, int64
     const uint8_t* from = at + (row + i) * row_stride + 16 * lane;
     if (row + i < rows && left >= 16) bytes[i] = *reinterpret_cast<const uint4*>(from);
   }
+  const auto place = [&](int i) -> uint16_t& {
+    return reinterpret_cast<uint16_t*>(&words[lane / 4][row + i])[lane % 4];
+  };
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
-    uint16_t bits = sixteen_bits(bytes[i]);
-    if (row + i < rows && left > 0 && left < 16) {
-      const uint8_t* from = at + (row + i) * row_stride + 16 * lane;
-      for (int j = 0; j < left; ++j) bits |= (uint16_t)((from[j] != 0) << j);
-    }
-    reinterpret_cast<uint16_t*>(&words[lane / 4][row + i])[lane % 4] = bits;
+  for (int i = 0; i < kRows; ++i) place(i) = sixteen_bits(bytes[i]);
+  if (left <= 0 || left >= 16) return;
+#pragma unroll 1
+  for (int i = 0; i < kRows && row + i < rows; ++i) {
+    const uint8_t* from = at + (row + i) * row_stride + 16 * lane;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int j = 0; j < left; ++j) bits |= (uint32_t)(from[j] != 0) << j;
+    place(i) = (uint16_t)bits;
   }
 }
 

@@ -237,6 +237,28 @@ def bench_attention(
         raise typer.Exit(1)
 
 
+@bench_app.command("masks")
+def bench_masks(
+    patterns: Annotated[
+        str | None, typer.Option(help="Such as causal,longformer; all by default.")
+    ] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 4096,131072.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time how masks are built from closed-form patterns, and the plans that kernels stream.
+
+    On a GPU beside FlexAttention's create_block_mask, compiled.
+    """
+    from .bench import building
+    from .bench.attention import default_device
+
+    names = patterns.split(",") if patterns else list(building.PATTERNS)
+    lengths = _numbers(seq_len) or building.LENGTHS
+    where = default_device(device)
+    console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
+
+
 def main() -> None:
     """Run the command; an error of ours is one line, not a traceback."""
     try:

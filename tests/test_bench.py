@@ -7,8 +7,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from stof_hf.attention import jit
 from stof_hf.bench import attention as bench
-from stof_hf.bench import contestants, plot, summary
+from stof_hf.bench import building, contestants, plot, summary
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Contestant, Problem
 from stof_hf.bench.masks import MASKS, bench_mask
 from stof_hf.errors import MaskError, StofError
@@ -191,6 +192,15 @@ def test_summary_takes_the_best_peer_of_each_cell(results):
     assert "4.00" in shown
     assert "0.40 (flex_triton64, B=1 S=4096)" in shown
     assert "80.0" in text(summary.detail(results))
+
+
+@pytest.mark.skipif(jit.find_compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("name", building.PATTERNS)
+def test_mask_building_is_measured(name):
+    data = building.run([name], [96], device=CPU)
+    (record,) = data["cells"]
+    assert record["stof"]["mask_ms"] > 0 and record["stof"]["plan_ms"] > 0
+    assert name in text(building.table(data))
 
 
 def test_plot_is_saved(results, tmp_path):

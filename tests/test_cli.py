@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stof_hf import demo, info
+from stof_hf.attention import jit
 from stof_hf.cli import app
 
 runner = CliRunner()
@@ -91,6 +92,21 @@ def test_bench_attention_writes_json_and_a_picture(tmp_path):
     data = json.loads(file.read_text())
     assert [cell["cell"]["seq_len"] for cell in data["cells"]] == [64, 128]
     assert picture.read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.skipif(jit.find_compiler() is None, reason="no C++ compiler")
+def test_bench_masks_writes_json(tmp_path):
+    file = tmp_path / "masks.json"
+    options = ("--patterns", "causal,longformer", "--seq-len", "64,200", "--device", "cpu")
+    result = invoke("bench", "masks", *options, "--json", file)
+    assert result.exit_code == 0, result.output
+    cells = json.loads(file.read_text())["cells"]
+    assert [(x["pattern"], x["seq_len"]) for x in cells] == [
+        ("causal", 64), ("longformer", 64), ("causal", 200), ("longformer", 200),
+    ]  # fmt: skip
+    assert all(x["stof"]["mask_ms"] > 0 and x["stof"]["plan_ms"] > 0 for x in cells)
+    result = invoke("bench", "masks", "--patterns", "bird", "--device", "cpu")
+    assert "no pattern is called 'bird'" in str(result.exception)
 
 
 def test_demo(monkeypatch):

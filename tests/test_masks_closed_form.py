@@ -72,6 +72,7 @@ def test_random_blocks(blocks, size, seed, fill, causal, offset):
         p.Documents(torch.arange(900) // 130) | p.Documents(IDS),
         p.Documents(torch.arange(100) // 7),
         p.Documents(torch.full((5,), -1)),
+        p.Documents(torch.stack([torch.arange(700) % n for n in (300, 2)])),
         ~(~p.Causal() | p.GlobalTokens((1, 300)) & ~p.Chunked(100)),
     ],
     ids=str,

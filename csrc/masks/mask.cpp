@@ -6,6 +6,7 @@
 // where a leaf knows more: the time goes with the number of runs.
 
 #include <list>
+#include <stdexcept>
 
 #include "program.h"
 #include "result.h"
@@ -61,6 +62,7 @@ class Mask : public Result {
       rows_ = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
       program_.run({batch, first, first + rows_ - 1}, tiles_,
                    [&](int32_t from, int32_t to, int32_t id) { emit(from, to, id); });
+      if (runs_.size() > INT32_MAX) throw std::length_error("more runs than are counted");
     }
     row_ptr_.push_back((int32_t)runs_.size());
     pattern_id_.push_back(known(first_ptr, first_run));

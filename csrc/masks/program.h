@@ -83,7 +83,10 @@ class Program {
     states_.assign(nodes_.size(), kEverything);
     for (Node& node : nodes_) {
       node.state = &states_[&node - nodes_.data()];
-      if (node.leaf) leaves_.push_back(&node);
+      if (node.leaf) {
+        leaves_.push_back(&node);
+        node.known.resize(1 << kKnownBits);
+      }
       if (!node.of.empty()) combining_.push_back(&node);
     }
   }
@@ -119,6 +122,12 @@ class Program {
   int32_t size() const { return tiles_.size(); }
 
  private:
+  struct Known {
+    int64_t key = kNoKey;
+    int32_t id = -1;
+  };
+  static constexpr int kKnownBits = 10;
+
   struct Node {
     explicit Node(Operation operation) : operation(operation) {}
 
@@ -127,9 +136,7 @@ class Program {
     std::vector<int32_t> of;
     State* state = nullptr;
     Segment* at = nullptr;
-    // Words found before, by the leaf's keys.
-    std::vector<std::pair<int64_t, int32_t>> known;
-    Slots known_by;
+    std::vector<Known> known;  // of a leaf, the last of each hash
   };
 
   // What each node leaves empty or fills whatever the words of tiles that leaves cut.
@@ -161,17 +168,11 @@ class Program {
   int32_t id_of_leaf(Node& node, const TileRow& row, int32_t tile) {
     Segment& segment = *node.at;
     if (segment.id >= 0) return segment.id;
-    if (segment.key != kNoKey) {
-      const int32_t next = (int32_t)node.known.size();
-      const int32_t found = node.known_by.find(
-          fold((uint64_t)segment.key, 0), next,
-          [&](int32_t i) { return node.known[i].first == segment.key; });
-      if (found < 0) node.known.push_back({segment.key, evaluate(*node.leaf, row, tile)});
-      segment.id = node.known[found < 0 ? next : found].second;
-    } else {
-      segment.id = evaluate(*node.leaf, row, tile);
-    }
-    return segment.id;
+    if (segment.key == kNoKey) return segment.id = evaluate(*node.leaf, row, tile);
+    const uint64_t hash = (uint64_t)segment.key * 0x9e3779b97f4a7c15ull;
+    Known& known = node.known[hash >> (64 - kKnownBits)];
+    if (known.key != segment.key) known = {segment.key, evaluate(*node.leaf, row, tile)};
+    return segment.id = known.id;
   }
 
   int32_t evaluate(Leaf& leaf, const TileRow& row, int32_t tile) {

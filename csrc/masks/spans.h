@@ -17,16 +17,18 @@ class Spans : public Leaf {
 
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {
     std::fill(out, out + kTile, 0);
-    for (const Span& s : spans_) {
-      const uint64_t word = span(s.first_key - key_of(tile), s.last_key - key_of(tile));
-      if (!word) continue;
-      const int64_t end = s.last_row > row.last ? kTile : s.last_row - row.first;
-      for (int64_t r = std::max<int64_t>(s.first_row - row.first, 0); r < end; ++r) out[r] |= word;
+    const int64_t key = key_of(tile);
+    auto s = std::partition_point(spans_.begin(), spans_.end(),
+                                  [&](const Span& x) { return x.last_key <= key; });
+    for (; s != spans_.end() && s->first_key < key + kTile; ++s) {
+      const uint64_t word = span(s->first_key - key, s->last_key - key);
+      const int64_t end = s->last_row > row.last ? kTile : s->last_row - row.first;
+      for (int64_t r = std::max<int64_t>(s->first_row - row.first, 0); r < end; ++r) out[r] |= word;
     }
   }
 
  protected:
-  // Makes the segments of spans that ascend in their keys.
+  // Makes the segments.
   // apart: no two hold the same key. keyed: a span's queries see all of its keys.
   void push_spans(const TileRow& row, bool apart, bool keyed) {
     segments.clear();
@@ -58,7 +60,7 @@ class Spans : public Leaf {
     close();
   }
 
-  std::vector<Span> spans_;
+  std::vector<Span> spans_;  // ascending, at both ends
 };
 
 // All queries see the keys of some ranges.
@@ -128,6 +130,7 @@ class Documents : public Spans {
   // Finds the documents of a batch element, and whether one lies in several stretches.
   void number(int64_t of) {
     opened_ = of;
+    placed_.clear();
     const int64_t* ids = ids_ + of * n_;
     stretches_.assign(1, 0);
     for (int64_t i = 1; i < n_; ++i)
@@ -215,19 +218,26 @@ class RandomBlocks : public Spans {
     for (int r = 0; r < kTile; ++r) {
       if (!out[r]) continue;
       const uint64_t of_row = draw_from((uint64_t)(row.first + r + 1) + seed_);
-      const int begin = __builtin_ctzll(out[r]), end = kTile - __builtin_clzll(out[r]);
-      uint64_t drawn[kTile], word = 0;
-      for (int c = begin; c < end; ++c) drawn[c] = draw_from(of_row ^ (uint64_t)(key_of(tile) + c));
-      for (int c = begin; c < end; ++c) word |= (uint64_t)((drawn[c] & 0xffffff) < fill_) << c;
+      const int end = kTile - __builtin_clzll(out[r]);
+      Lanes held = {};
+      for (int c = __builtin_ctzll(out[r]) & ~7; c < end; c += 8) {
+        const Lanes lane = Lanes{0, 1, 2, 3, 4, 5, 6, 7} + (uint64_t)c;
+        const Lanes drawn = draw_from(of_row ^ (lane + (uint64_t)key_of(tile)));
+        held |= (Lanes)((drawn & 0xffffff) < fill_) & 1ull << lane;
+      }
+      uint64_t word = 0;
+      for (int i = 0; i < 8; ++i) word |= held[i];
       out[r] &= word;
     }
   }
 
  private:
   static constexpr uint64_t kWhole = 1 << 24;
+  typedef uint64_t Lanes __attribute__((vector_size(64)));
 
   // splitmix64 (Steele, Lea and Flood, 2014).
-  static uint64_t draw_from(uint64_t x) {
+  template <typename T>
+  static inline T draw_from(T x) {
     x *= 0x9e3779b97f4a7c15ull;
     x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
     x = (x ^ x >> 27) * 0x94d049bb133111ebull;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <stdexcept>
 #include <vector>
 
 #include "steps.h"
@@ -117,8 +118,10 @@ class Schedule {
     for (const Part& part : parts) costs.push_back(part.cost);
     const double sum = std::accumulate(costs.begin(), costs.end(), 0.0);
     const double share = std::max(sum * p_.copies / (p_.patterns * p_.workers), 8.0);
-    std::nth_element(costs.begin(), costs.begin() + costs.size() / 2, costs.end());
-    const double usual = costs[costs.size() / 2];
+    const auto middle = costs.begin() + costs.size() / 2;
+    std::nth_element(costs.begin(), middle, costs.end());
+    const double usual =
+        costs.size() % 2 ? *middle : (*middle + *std::max_element(costs.begin(), middle)) / 2;
     pieces_.reserve(parts.size());
     for (const Part& part : parts) {
       const double limit = part.cost > 3 * usual ? std::max(share / 3, 8.0) : share;
@@ -187,7 +190,8 @@ class Schedule {
   void fill_queue() {
     const int64_t total = (int64_t)costs_.size() * p_.copies;
     if (total <= p_.workers) return;
-    const double limit = 3 * costs_[costs_.size() / 2];
+    if (total > INT32_MAX) throw std::length_error("more items than the kernels count");
+    const double limit = 1.5 * (costs_[costs_.size() / 2] + costs_[(costs_.size() - 1) / 2]);
     const int64_t heavy =
         std::find_if(costs_.begin(), costs_.end(), [&](double c) { return c <= limit; }) -
         costs_.begin();

@@ -62,7 +62,7 @@ class Steps {
   static constexpr int32_t kUnknown = -3;
   // Tiles of a second run that are better computed apart, and combined, than listed one by one:
   // lists as long as the sequence for each row of a long one would be larger than all else.
-  static constexpr int32_t kFar = 512;
+  static constexpr int32_t kFar = 128;
 
   // Key tiles of which each half sees the same.
   struct Segment {

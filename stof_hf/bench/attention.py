@@ -29,7 +29,7 @@ from . import timing
 from .contestants import CONTESTANTS, Cell, Contestant, Problem
 from .masks import MASKS, bench_mask
 
-__all__ = ["cells", "default_device", "environment", "grid", "load", "run", "source_hash"]
+__all__ = ["cells", "default_device", "environment", "grid", "load", "run", "save", "source_hash"]
 
 FORMAT = 1
 # Largest allowed (absolute error of one element, norm of the error over the norm of the reference):
@@ -144,7 +144,8 @@ def _open(path: Path | None, device: torch.device) -> dict[str, Any]:
     return data
 
 
-def _save(data: dict[str, Any], path: Path | None) -> None:
+def save(data: dict[str, Any], path: Path | None) -> None:
+    """Write a result file, if a path is given."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +186,7 @@ def run(
             try:
                 _measure_cell(cell, record, missing, device)
             finally:
-                _save(data, json_path)
+                save(data, json_path)
             progress(cell, record)
     return data
 

@@ -199,9 +199,10 @@ def _evaluate(
         all_row, all_tile = row, tile
         row, tile = row[index], tile[index]
     collector = _Collector()
-    step = 128 if device.type == "cpu" else 4096
-    for i in range(0, len(row), _GROUP):
-        r, t = row[i : i + _GROUP], tile[i : i + _GROUP]
+    # The host has no synchronisations to save, and temporaries of few tiles stay in its cache.
+    group, step = (1024, 128) if device.type == "cpu" else (_GROUP, 4096)
+    for i in range(0, len(row), group):
+        r, t = row[i : i + group], tile[i : i + group]
         words = torch.empty(len(r), TILE, dtype=torch.int64, device=device)
         for j in range(0, len(r), step):
             ids = r[j : j + step] * rows.tiles + t[j : j + step]

@@ -128,7 +128,8 @@ def build(
 ) -> SparseMask | None:
     """The mask of `pattern`, which is `bound` to so many keys; None where numpy has to build it."""
     code = program(bound)
-    if code is None or max(q_offset + q_len, kv_offset + kv_len) > _FAR:
+    counted = max(q_len, kv_len) < 1 << 31 and max(q_offset + q_len, kv_offset + kv_len) <= _FAR
+    if code is None or not counted:
         return None
     library = _library()
     if library is None:

@@ -87,7 +87,7 @@ def test_patterns(make, message):
         (lambda: SparseMask.from_function(lambda b, h, q, k: True, 8), "returned bool"),
         (
             lambda: SparseMask.from_function(lambda b, h, q, k: torch.ones(3, dtype=torch.bool), 8),
-            r"what its arguments b, h, q, k broadcast to, here \[1, 64, 64\], not \[3\]",
+            r"what its arguments b, h, q, k broadcast to, here \[64, 1, 64\], not \[3\]",
         ),
         (lambda: SparseMask.from_dense(torch.zeros(1, 1, 8, 8)), "give mask == 0"),
         (lambda: SparseMask.from_dense(EYE[None, None, :, :0]), "not empty"),

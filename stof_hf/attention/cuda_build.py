@@ -23,7 +23,7 @@ import torch
 
 from ..errors import BuildError
 from . import jit
-from .cuda_kernels import Kernel, all_kernels, kernel
+from .cuda_kernels import Kernel, all_kernels, describe, kernel
 
 __all__ = [
     "binding",
@@ -48,7 +48,9 @@ def prebuilt_dir() -> Path:
 
 
 @lru_cache
-def library(family: str, head_dim: int, dtype: torch.dtype, device_index: int) -> ctypes.CDLL:
+def library(
+    family: str, head_dim: int | None, dtype: torch.dtype | None, device_index: int
+) -> ctypes.CDLL:
     """The kernels of a family for a CUDA device, built first where they are not there yet.
 
     The types of its functions stof_run and stof_problem_bytes (csrc/cuda/problem.h) are set.
@@ -59,8 +61,8 @@ def library(family: str, head_dim: int, dtype: torch.dtype, device_index: int) -
     chosen = kernel(family, head_dim, dtype, capability)
     if chosen is None:
         raise BuildError(
-            f"there is no {family} kernel of head size {head_dim} and {dtype} for compute "
-            f"capability {capability[0]}.{capability[1]}"
+            f"there is no CUDA kernel {describe(family, head_dim, dtype)} for compute capability "
+            f"{capability[0]}.{capability[1]}"
         )
     loaded = load_kernel(chosen, ctypes.CDLL)
     loaded.stof_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]

@@ -13,6 +13,8 @@ __all__ = ["FAMILIES", "Family", "Kernel", "all_kernels", "kernel"]
 class Family:
     """Kernels of one source file, compiled into a library per head size, dtype and architecture.
 
+    A family that depends on neither has the head size None and the dtype None.
+
     Args:
         sources: files in csrc/cuda.
         architectures: ``sm_86`` is machine code, ``compute_80`` intermediate code that the driver
@@ -23,13 +25,16 @@ class Family:
 
     sources: tuple[str, ...]
     architectures: tuple[str, ...]
-    head_dims: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
+    head_dims: tuple[int | None, ...]
+    dtypes: tuple[torch.dtype | None, ...] = (torch.float16, torch.bfloat16)
     seconds: int = 5
 
 
 FAMILIES: dict[str, Family] = {
     "hopper": Family(("hopper.cu",), ("sm_90a",), (64, 128)),
+    "tiles": Family(
+        ("tiles.cu",), ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"), (None,), (None,)
+    ),
 }
 
 _TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}
@@ -40,19 +45,19 @@ class Kernel:
     """One library of a family."""
 
     family: str
-    head_dim: int
-    dtype: torch.dtype
+    head_dim: int | None
+    dtype: torch.dtype | None
     architecture: str
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.family}, head size {self.head_dim}, {dtype}, {self.architecture}"
+        return f"{describe(self.family, self.head_dim, self.dtype)}, {self.architecture}"
 
     @property
     def name(self) -> str:
         """File name of the library, without its ending."""
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.family}-{self.head_dim}-{dtype}-{self.architecture}"
+        variant = () if self.head_dim is None else (str(self.head_dim), dtype)
+        return "-".join((self.family, *variant, self.architecture))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -66,15 +71,25 @@ class Kernel:
     def flags(self) -> tuple[str, ...]:
         """What tells this library from the others of its family."""
         virtual = self.architecture.replace("sm_", "compute_")
+        flags = (f"-gencode=arch={virtual},code={self.architecture}",)
+        if self.head_dim is None or self.dtype is None:
+            return flags
         return (
-            f"-gencode=arch={virtual},code={self.architecture}",
+            *flags,
             f"-DSTOF_HEAD_DIM={self.head_dim}",
             f"-DSTOF_DTYPE={_TYPES[self.dtype]}",
         )
 
 
+def describe(family: str, head_dim: int | None, dtype: torch.dtype | None) -> str:
+    """Such as "hopper, head size 64, float16", for messages."""
+    if head_dim is None:
+        return family
+    return f"{family}, head size {head_dim}, {str(dtype).removeprefix('torch.')}"
+
+
 def kernel(
-    family: str, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]
+    family: str, head_dim: int | None, dtype: torch.dtype | None, capability: tuple[int, int]
 ) -> Kernel | None:
     """The library that serves a GPU of this compute capability, or None."""
     known = FAMILIES[family]

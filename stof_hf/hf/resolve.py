@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import MaskError, UnsupportedError
 from ..masks.bits import TILE
+from ..masks.build import build_additive
 from ..masks.cache import mask_for
 from ..masks.convert import mask_function
 from ..masks.pattern import And, Not, Or, Pattern
@@ -165,13 +166,12 @@ def _dense(mask: torch.Tensor) -> tuple[SparseMask | None, torch.Tensor | None]:
         return SparseMask.from_dense(mask), None
     if not mask.is_floating_point():
         raise MaskError(f"a mask tensor must be bool or floating point, not {mask.dtype}")
-    forbidden = mask.detach() <= torch.finfo(mask.dtype).min / 2
-    additive = mask.masked_fill(forbidden, 0)
-    plain = not mask.requires_grad and not bool(additive.any())
-    held = SparseMask.from_dense(~forbidden) if bool(forbidden.any()) else None
-    if held is None and plain:
-        held = mask_for(_FULL, *mask.shape[-2:], device=mask.device)
-    return held, None if plain else additive
+    held, plain = build_additive(mask.detach())
+    if plain and not mask.requires_grad:
+        if held is None:
+            held = mask_for(_FULL, *mask.shape[-2:], device=mask.device)
+        return held, None
+    return held, mask.masked_fill(mask.detach() <= torch.finfo(mask.dtype).min / 2, 0)
 
 
 def _dense_in_graph(mask: torch.Tensor) -> tuple[TracedMask, torch.Tensor | None]:

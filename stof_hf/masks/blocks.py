@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bits import TILE
 from .intervals import Intervals
 from .pattern import Index, Pattern, Rows
 
@@ -45,15 +47,31 @@ class BlockMaskPattern(Pattern):
 
     @cached_property
     def _kind(self) -> torch.Tensor:
-        """0, 1 (partial) or 2 (full) for each block, uint8 [B, H, rows, cols]."""
-        size = self.block_mask.BLOCK_SIZE[1]
-        cols = -(-self.block_mask.seq_lengths[1] // size)
-        partial, full = self._lists
-        kind = np.zeros((*partial.shape[:3], cols), np.uint8)
-        for value, index in ((1, partial), (2, full)):
-            b, h, r, i = np.nonzero(index >= 0)
-            kind[b, h, r, index[b, h, r, i]] = value
-        return torch.from_numpy(kind).to(self.block_mask.kv_num_blocks.device)
+        """0, 1 (partial) or 2 (full) for each block, uint8 [B, H, rows, cols]; not synchronised."""
+        bm = self.block_mask
+        cols = -(-bm.seq_lengths[1] // bm.BLOCK_SIZE[1])
+        count = bm.kv_num_blocks
+        kind = torch.zeros((*count.shape, cols + 1), dtype=torch.uint8, device=count.device)
+        for value, count, index in (
+            (1, bm.kv_num_blocks, bm.kv_indices),
+            (2, bm.full_kv_num_blocks, bm.full_kv_indices),
+        ):
+            if count is not None:
+                used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+                kind.scatter_(3, torch.where(used, index, cols).long(), value)
+        return kind[..., :-1]
+
+    def tiles(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`structure` of all tiles, on the BlockMask's device and without synchronising: which may
+        hold a True and which are surely full, bool [B, H, tile rows, tile columns]."""
+        least = most = self._kind
+        lengths = self.block_mask.seq_lengths
+        for dim, size, length in zip((2, 3), self.block_mask.BLOCK_SIZE, lengths, strict=True):
+            least = _over_tiles(least, dim, size, length, torch.minimum)
+            most = _over_tiles(most, dim, size, length, torch.maximum)
+        full = least == 2
+        full[..., lengths[1] // TILE :] = False
+        return most > 0, full
 
     def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
         rows, cols = self.block_mask.BLOCK_SIZE
@@ -83,3 +101,16 @@ class BlockMaskPattern(Pattern):
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(f"BlockMask({id(self.block_mask)})".encode()).hexdigest()[:24]
+
+
+def _over_tiles(
+    kind: torch.Tensor, dim: int, size: int, length: int, combine: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """Blocks of `size` combined to tiles along a dimension, up to `length` positions."""
+    begin = torch.arange(0, length, TILE, device=kind.device)
+    first, last = begin // size, ((begin + TILE).clamp(max=length) - 1) // size
+    blocks = 1 if size % TILE == 0 else (TILE - 2) // size + 2
+    out = kind.index_select(dim, first)
+    for step in range(1, blocks):
+        out = combine(out, kind.index_select(dim, torch.minimum(first + step, last)))
+    return out

@@ -2,7 +2,8 @@
 
 Closed-form patterns are settled on the host, from interval sets and a few distinct tiles, and
 copied to the device without waiting for it. Functions and tensors are evaluated tile by tile on
-their own device, with one synchronisation for every 16,384 tiles.
+their own device: by CUDA kernels (tiles.py), or by PyTorch where those cannot be built and on the
+CPU, with one synchronisation for every 16,384 tiles.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask
 
 from ..errors import MaskError
-from . import bits, closed_form
+from . import bits, closed_form, tiles
 from .bits import TILE
 from .blocks import BlockMaskPattern
 from .device import upload
+from .evaluate import Grid, evaluate_words
 from .given import check_dense
 from .intervals import Intervals
 from .pattern import Pattern, Rows, whole
@@ -62,36 +64,48 @@ def build(
     mask = closed_form.build(pattern, bound, q_len, kv_len, q_offset, kv_offset, device)
     if mask is not None:
         return mask if padding is None else mask.with_padding(padding)
-    batch, heads = bound.batch or 1, bound.heads or 1
-    tile_rows = bits.words_per(q_len)
-    n = np.arange(batch * heads * tile_rows)
-    first = q_offset + n % tile_rows * TILE
-    rows = Rows(
-        batch=n // (heads * tile_rows),
-        head=n // tile_rows % heads,
-        first=first,
-        last=np.minimum(first + TILE, q_offset + q_len) - 1,
-        k0=kv_offset,
-        kv_len=kv_len,
-    )
+    grid = Grid(bound.batch or 1, bound.heads or 1, q_len, kv_len, q_offset, kv_offset)
+    rows = _rows(grid)
     touched, full = rows.structure_of(bound)
     full = full.below(kv_len // TILE)
-    tiles = _evaluate(bound, rows, *touched.minus(full).tiles(), device)
-    return _assemble(
-        rows, full, tiles, (batch, heads), q_len, padding, device,
-        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern,
-    )  # fmt: skip
+    row, tile = touched.minus(full).tiles()
+    if not bound.serializable and tiles.serves(device, grid):
+        mask = tiles.from_function(bound, grid, full, row, tile, device)
+        mask = replace(mask, pattern=pattern)
+    else:
+        found = _evaluate(bound, grid, rows, row, tile, device)
+        mask = _assemble(grid, rows, full, found, device, pattern)
+    return mask if padding is None else mask.with_padding(padding)
 
 
 def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
     """See `SparseMask.from_dense`."""
     check_dense(mask)
-    q_len, kv_len = mask.shape[-2:]
-    batch, heads = (mask.shape[0], mask.shape[1]) if mask.ndim == 4 else (1, 1)
-    rows, full = _bare_rows(batch * heads, heads, q_len, kv_len)
-    if q_len % TILE:
-        mask = F.pad(mask, (0, 0, 0, -q_len % TILE))
-    flat = mask.reshape(-1, kv_len)
+    made = _dense(mask)
+    return made if padding is None else made.with_padding(padding)
+
+
+def build_additive(mask: torch.Tensor) -> tuple[SparseMask | None, bool]:
+    """What an additive mask [B or 1, H or 1, Sq, Sk] forbids, and whether it does nothing else.
+
+    Values up to half of the type's least one forbid; None where no element does.
+    """
+    if mask.dtype in tiles.DTYPES and tiles.serves(mask.device, Grid(*mask.shape)):
+        made, flags = tiles.from_dense(mask)
+        return made if flags & tiles.FORBIDS else None, not flags & tiles.ADDS
+    forbidden = mask <= torch.finfo(mask.dtype).min / 2
+    only = not bool(mask.masked_fill(forbidden, 0).any())
+    return _dense(~forbidden) if bool(forbidden.any()) else None, only
+
+
+def _dense(mask: torch.Tensor) -> SparseMask:
+    grid = Grid(*(mask.shape if mask.ndim == 4 else (1, 1, *mask.shape)))
+    if tiles.serves(mask.device, grid):
+        return tiles.from_dense(mask)[0]
+    rows = _rows(grid)
+    if grid.q_len % TILE:
+        mask = F.pad(mask, (0, 0, 0, -grid.q_len % TILE))
+    flat = mask.reshape(-1, grid.kv_len)
     collector = _Collector()
     step = max(1, _GROUP // rows.tiles)
     for first in range(0, rows.count, step):
@@ -100,8 +114,7 @@ def build_dense(mask: torch.Tensor, padding: torch.Tensor | None) -> SparseMask:
         index = first * rows.tiles + np.arange(len(words))
         row, tile = index // rows.tiles, index % rows.tiles
         collector.add(row, tile, words, rows.last[row] - rows.first[row] + 1)
-    tiles = collector.finish(mask.device)
-    return _assemble(rows, full, tiles, (batch, heads), q_len, padding, mask.device)
+    return _assemble(grid, rows, rows.none(), collector.finish(mask.device), mask.device)
 
 
 def build_coo(coo: torch.Tensor) -> SparseMask:
@@ -118,8 +131,9 @@ def build_coo(coo: torch.Tensor) -> SparseMask:
     p = index[0] * shape[1] + index[1] if coo.ndim == 4 else torch.zeros_like(q)
     batch, heads, q_len, kv_len = shape
     _check_lengths(q_len, kv_len)
-    rows, full = _bare_rows(batch * heads, heads, q_len, kv_len)
-    place = (p * bits.words_per(q_len) + q // TILE) * rows.tiles + k // TILE
+    grid = Grid(batch, heads, q_len, kv_len)
+    rows = _rows(grid)
+    place = (p * grid.rows + q // TILE) * rows.tiles + k // TILE
     distinct, inverse = torch.unique(place, return_inverse=True)
     words = torch.zeros(len(distinct) * TILE, dtype=torch.int64, device=q.device)
     # Each element sets a bit of its own, so the sum is the union.
@@ -130,8 +144,7 @@ def build_coo(coo: torch.Tensor) -> SparseMask:
     for i in range(0, len(at), _GROUP):
         row, tile = at[i : i + _GROUP] // rows.tiles, at[i : i + _GROUP] % rows.tiles
         collector.add(row, tile, words[i : i + _GROUP], rows.last[row] - rows.first[row] + 1)
-    tiles = collector.finish(q.device)
-    return _assemble(rows, full, tiles, (batch, heads), q_len, None, q.device)
+    return _assemble(grid, rows, rows.none(), collector.finish(q.device), q.device)
 
 
 def build_block_mask(block_mask: BlockMask) -> SparseMask:
@@ -141,8 +154,11 @@ def build_block_mask(block_mask: BlockMask) -> SparseMask:
             f"expected a BlockMask of torch.nn.attention.flex_attention, not {block_mask!r}"
         )
     q_len, kv_len = block_mask.seq_lengths
-    device = block_mask.kv_num_blocks.device
-    mask = build(BlockMaskPattern(block_mask), q_len, kv_len, 0, 0, None, device)
+    pattern, device = BlockMaskPattern(block_mask), block_mask.kv_num_blocks.device
+    grid = Grid(*block_mask.kv_num_blocks.shape[:2], q_len, kv_len)
+    if tiles.serves(device, grid):
+        return tiles.from_block_mask(pattern, grid)
+    mask = build(pattern, q_len, kv_len, 0, 0, None, device)
     return replace(mask, pattern=None)
 
 
@@ -151,19 +167,26 @@ def _check_lengths(q_len: int, kv_len: int) -> None:
     whole("the number of keys", kv_len, 1)
 
 
-def _bare_rows(patterns: int, heads: int, q_len: int, kv_len: int) -> tuple[Rows, Intervals]:
-    """Rows of masks given element by element, and no tile that is known to be full."""
-    tile_rows = bits.words_per(q_len)
-    n = np.arange(patterns * tile_rows)
-    first = n % tile_rows * TILE
-    last = np.minimum(first + TILE, q_len) - 1
-    batch, head = n // (heads * tile_rows), n // tile_rows % heads
-    rows = Rows(batch=batch, head=head, first=first, last=last, k0=0, kv_len=kv_len)
-    return rows, rows.none()
+def _rows(grid: Grid) -> Rows:
+    n = np.arange(grid.batch * grid.heads * grid.rows)
+    first = grid.q_offset + n % grid.rows * TILE
+    return Rows(
+        batch=n // (grid.heads * grid.rows),
+        head=n // grid.rows % grid.heads,
+        first=first,
+        last=np.minimum(first + TILE, grid.q_offset + grid.q_len) - 1,
+        k0=grid.kv_offset,
+        kv_len=grid.kv_len,
+    )
 
 
 def _evaluate(
-    pattern: Pattern, rows: Rows, row: np.ndarray, tile: np.ndarray, device: torch.device
+    pattern: Pattern,
+    grid: Grid,
+    rows: Rows,
+    row: np.ndarray,
+    tile: np.ndarray,
+    device: torch.device,
 ) -> _Tiles:
     """Evaluate the given tiles; of a closed-form pattern only one of each kind, on the host."""
     inverse = None
@@ -182,37 +205,13 @@ def _evaluate(
         r, t = row[i : i + group], tile[i : i + group]
         words = torch.empty(len(r), TILE, dtype=torch.int64, device=device)
         for j in range(0, len(r), step):
-            words[j : j + step] = _words(pattern, rows, r[j : j + step], t[j : j + step], device)
+            ids = r[j : j + step] * rows.tiles + t[j : j + step]
+            words[j : j + step] = evaluate_words(pattern, grid, torch.from_numpy(ids).to(device))
         collector.add(r, t, words, rows.last[r] - rows.first[r] + 1)
-    tiles = collector.finish(device)
+    found = collector.finish(device)
     if inverse is not None:
-        tiles.row, tiles.tile, tiles.content = all_row, all_tile, tiles.content[inverse]
-    return tiles
-
-
-def _words(
-    pattern: Pattern, rows: Rows, row: np.ndarray, tile: np.ndarray, device: torch.device
-) -> torch.Tensor:
-    """Evaluate the mask function on tiles: int64 [n, 64]."""
-    table = np.stack([rows.batch[row], rows.head[row], rows.first[row], rows.last[row], tile])
-    b, h, first, last, t = torch.from_numpy(table).to(device).unbind(0)
-    lane = torch.arange(TILE, device=device)
-    q = first[:, None] + lane
-    k = rows.k0 + t[:, None] * TILE + lane
-    end = rows.k0 + rows.kv_len - 1
-    q_in, k_in = q <= last[:, None], k <= end
-    # A mask function may index tensors of exactly the sequence's length: never ask beyond it.
-    q, k = torch.minimum(q, last[:, None]), k.clamp(max=end)
-    allowed = pattern(b[:, None, None], h[:, None, None], q[:, :, None], k[:, None, :])
-    try:
-        allowed = allowed.expand(len(row), TILE, TILE)
-    except RuntimeError as error:
-        raise MaskError(
-            "a mask function must return what its arguments b, h, q, k broadcast to, here "
-            f"{[len(row), TILE, TILE]}, not {list(allowed.shape)}"
-        ) from error
-    allowed = allowed & q_in[:, :, None] & k_in[:, None, :]
-    return bits.pack(allowed).squeeze(-1)
+        found.row, found.tile, found.content = all_row, all_tile, found.content[inverse]
+    return found
 
 
 class _Collector:
@@ -283,24 +282,19 @@ def _hashes(words: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _assemble(
+    grid: Grid,
     rows: Rows,
     full: Intervals,
-    tiles: _Tiles,
-    shape: tuple[int, int],
-    q_len: int,
-    padding: torch.Tensor | None,
+    found: _Tiles,
     device: torch.device,
-    *,
-    q_offset: int = 0,
-    kv_offset: int = 0,
     pattern: Pattern | None = None,
 ) -> SparseMask:
-    held = tiles.content != EMPTY
+    held = found.content != EMPTY
     full_row, full_lo, full_len = full.pieces()
-    row = np.concatenate([full_row, tiles.row[held]])
-    col = np.concatenate([full_lo, tiles.tile[held]])
+    row = np.concatenate([full_row, found.row[held]])
+    col = np.concatenate([full_lo, found.tile[held]])
     length = np.concatenate([full_len, np.ones(int(held.sum()), np.int64)])
-    content = np.concatenate([np.full(len(full_row), FULL), tiles.content[held]])
+    content = np.concatenate([np.full(len(full_row), FULL), found.content[held]])
     order = np.argsort(row * (rows.tiles + 1) + col, kind="stable")
     row, col, length, content = row[order], col[order], length[order], content[order]
     begins = np.ones(len(row), bool)
@@ -314,23 +308,24 @@ def _assemble(
     length = np.add.reduceat(length, at) if len(at) else length
     row, col, content = row[at], col[at], content[at]
     counts = np.bincount(row, minlength=rows.count)
-    ids, row_ptr, kept = _distinct(counts.reshape(shape[0] * shape[1], -1), col, length, content)
+    shape = (grid.batch, grid.heads)
+    ids, row_ptr, kept = _distinct(counts.reshape(-1, grid.rows), col, length, content)
     runs = tuple(x.astype(np.int32) for x in (row_ptr, col[kept], length[kept], content[kept]))
     host = (ids.reshape(shape), *runs)
     in_column = -(-(rows.last - rows.first + 1)[row] // 16)
     blocks = np.where(content == FULL, in_column * length * (TILE // 16), 0)
-    blocks[content >= 0] = tiles.occupied[content[content >= 0]]
-    of_all = shape[0] * shape[1] * -(-q_len // 16) * -(-rows.kv_len // 16)
+    blocks[content >= 0] = found.occupied[content[content >= 0]]
+    of_all = ids.size * -(-grid.q_len // 16) * -(-grid.kv_len // 16)
     plans: dict[Any, Any] = {"host_runs": runs, "valid_share": float(blocks.sum() / of_all)}
-    if tiles.words.device.type == "cpu":
-        plans["host_words"] = tiles.words.numpy().view(np.uint64)
+    if found.words.device.type == "cpu":
+        plans["host_words"] = found.words.numpy().view(np.uint64)
     arrays = _upload_together(host, device)
     mask = SparseMask(
-        q_len, rows.kv_len, *arrays, tile_bits=upload(tiles.words, device),
-        q_offset=q_offset, kv_offset=kv_offset, pattern=pattern, plans=plans,
+        grid.q_len, grid.kv_len, *arrays, tile_bits=upload(found.words, device),
+        q_offset=grid.q_offset, kv_offset=grid.kv_offset, pattern=pattern, plans=plans,
     )  # fmt: skip
     PLANS[mask.tile_bits] = plans
-    return mask if padding is None else mask.with_padding(padding)
+    return mask
 
 
 def _upload_together(arrays: tuple[np.ndarray, ...], device: torch.device) -> list[torch.Tensor]:

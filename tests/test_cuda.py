@@ -45,7 +45,7 @@ def forward(q, k, v, mask, layout, workers=8, sinks=None):
     # What the kernel allocates comes from this memory: what it does not write shows.
     torch.full((1 << 22,), torch.nan, device="cuda")
     config = select.CudaConfig(*LAYOUTS[layout], workers, 1 << 18)
-    call = cuda.BlockCall(q, k, v, mask, sinks, 0.2, None, config)
+    call = cuda.BlockCall("hopper", q, k, v, mask, None, sinks, 0.2, 0.0, config)
     return call(q, k, v, mask, None, sinks)
 
 

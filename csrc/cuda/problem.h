@@ -56,6 +56,9 @@ struct Plan {
 
 constexpr int32_t kNone = INT32_MIN, kFull = -1, kEmpty = -2;
 
+// bias_dtype
+constexpr int64_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
+
 struct Problem {
   const void* query;         // [B, H, Sq, D]
   const void* key;           // [B, Hkv, Sk, D]

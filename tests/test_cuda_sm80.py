@@ -1,8 +1,6 @@
 """The CUDA block-wise kernel for GPUs from sm_80 on, against the fp64 oracle."""
 
-import ctypes
 from itertools import product
-from unittest import mock
 
 import pytest
 import torch
@@ -10,114 +8,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
 
-from stof_hf import SparseMask, patterns
-from stof_hf.attention import cuda_build, cuda_kernels
-from stof_hf.attention.cuda import _PLAN, Problem, _Strides
-from stof_hf.attention.granules import Layout, granule_plan
+from stof_hf import SparseMask, attention, patterns
+from stof_hf.attention import cuda, select
+from stof_hf.attention.cuda_kernels import FAMILIES
+from stof_hf.attention.granules import Layout
 from stof_hf.attention.reference import reference_attention
-from stof_hf.masks.bits import TILE
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 
-FAMILY = cuda_kernels.Family(
-    ("sm80.cu",),
-    ("sm_80", "sm_86", "sm_89", "sm_120", "compute_80"),
-    (32, 64, 80, 96, 128, 256),
-    seconds=40,
-)
+DEVICE = "cuda"
+DIMS = FAMILIES["sm80"].head_dims
 LAYOUTS = {"rows": Layout(2, False), "paired": Layout(1, True), "heads": Layout(1, False)}
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
-BIAS_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STYLES = ("bshd", "bhsd", "packed", "shifted", "odd")
 
-
-@pytest.fixture(scope="module", autouse=True)
-def family():
-    """The family among the others, all of it that this GPU uses built at once."""
-    with mock.patch.dict(cuda_kernels.FAMILIES, {"sm80": FAMILY}):
-        mine = cuda_kernels.all_kernels(torch.cuda.get_device_capability())
-        cuda_build.build([one for one in mine if one.family == "sm80"])
-        yield
+each_layout = pytest.mark.parametrize("layout", sorted(LAYOUTS))
 
 
-def library(dim: int, q: torch.Tensor) -> ctypes.CDLL:
-    return cuda_build.library("sm80", dim, q.dtype, q.device.index)
-
-
-def compiled_dim(q: torch.Tensor, v: torch.Tensor) -> int:
-    return min(dim for dim in FAMILY.head_dims if dim >= max(q.shape[3], v.shape[3]))
-
-
-def pack(q, k, v, mask, layout, workers=8, bias=None, sinks=None, scale=0.2, softcap=0.0):
-    """A Problem without outputs, and what it holds the addresses of."""
-    heads, kv_heads = q.shape[1], k.shape[1]
-    two_heads = layout == "heads" and heads // kv_heads % 2 == 0 and mask.pattern_id.shape[1] == 1
-    copies = q.shape[0] * heads // (1 + two_heads)
-    plan = granule_plan(mask, LAYOUTS[layout], copies, workers, 3)
-    n_items, ids, valid = plan.items.shape[1], mask.pattern_id, mask.kv_valid
-    p = Problem()
-    for name, x in zip("qkv", (q, k, v), strict=True):
-        setattr(p, name, _Strides(*x.stride()[:3]))
-    p.query, p.key, p.value = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    p.batch, p.heads, p.q_len, p.head_dim = q.shape
-    p.kv_heads, p.kv_len, p.value_dim = kv_heads, k.shape[2], v.shape[3]
-    if valid is not None:
-        p.kv_valid = valid.data_ptr()
-        p.valid_batch = valid.shape[1] if len(valid) > 1 else 0
-    if bias is not None:
-        bias = bias.expand(*q.shape[:3], k.shape[2])
-        p.bias, p.bias_dtype = bias.data_ptr(), BIAS_DTYPES[bias.dtype]
-        p.bias_batch, p.bias_head, p.bias_row, p.bias_col = bias.stride()
-    if sinks is not None:
-        p.sinks = sinks.data_ptr()
-    p.scale, p.softcap = scale, softcap
-    p.grid, p.two_heads = min(workers, n_items * copies), two_heads
-    p.device = q.device.index or 0
-    p.workspace_bytes = p.batch * heads * plan.slots * TILE * (compiled_dim(q, v) + 2) * 4
-    for name in _PLAN:
-        setattr(p.plan, name, getattr(plan, name).data_ptr())
-    p.plan.pattern_id = ids.data_ptr() if len(mask.row_ptr) > 1 else None
-    p.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
-    p.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
-    p.plan.n_items, p.plan.n_merges = n_items, plan.merges.shape[1]
-    p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
-    if not len(plan.queue):
-        p.plan.queue = None
-    return p, (q, k, v, mask, plan, bias, sinks)
-
-
-def run(kernels, p, kept, stream=None):
-    """(out, lse); what the kernels do not write is NaN."""
-    q = kept[0]
-
-    def poisoned(*shape, dtype=torch.float32):
-        return torch.full(shape, torch.nan, dtype=dtype, device=q.device)
-
-    out = poisoned(p.batch, p.q_len, p.heads, p.value_dim, dtype=q.dtype)
-    lse = poisoned(p.batch, p.heads, p.q_len)
-    workspace = poisoned(p.workspace_bytes // 4)
-    p.out, p.lse, p.workspace = out.data_ptr(), lse.data_ptr(), workspace.data_ptr() or None
-    message = kernels.stof_run(ctypes.byref(p), stream)
-    assert message is None, message
-    return out, lse
-
-
-def forward(q, k, v, mask, layout, **options):
-    p, kept = pack(q, k, v, mask, layout, **options)
-    stream = torch.cuda.current_stream().cuda_stream
-    return run(library(compiled_dim(q, v), q), p, kept, stream)
-
-
-def compare(q, k, v, mask, layout, forward=forward, **options):
-    out, lse = forward(q, k, v, mask, layout, **options)
-    options.pop("workers", None)
-    want, want_lse = reference_attention(q, k, v, mask.to_dense(), **{"scale": 0.2, **options})
-    near = {"atol": TOLERANCE[q.dtype], "rtol": TOLERANCE[q.dtype]}
-    torch.testing.assert_close(out.transpose(1, 2).double(), want, **near)
-    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
-
-
-def make(style, dtype, batch, heads, rows, dim, seed=0, device="cuda"):
+def make(style, dtype, batch, heads, rows, dim, seed=0):
     """[B, H, S, D] in the middle of NaN: contiguous or transposed, one of three of a packed
     projection, an odd number of bytes off, or with rows an odd number of elements apart."""
     head, row = {
@@ -126,26 +35,65 @@ def make(style, dtype, batch, heads, rows, dim, seed=0, device="cuda"):
     }[style]  # fmt: skip
     strides = (max(head * heads, row * rows), head, row, 1)
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, heads, rows, dim, generator=g).to(device, dtype)
-    memory = torch.full((batch * strides[0] + 64,), torch.nan, dtype=dtype, device=device)
-    view = memory.as_strided(x.shape, strides, 33 if style == "shifted" else 32)
-    return view.copy_(x)
+    x = torch.randn(batch, heads, rows, dim, generator=g).to(DEVICE, dtype)
+    memory = torch.full((batch * strides[0] + 64,), torch.nan, dtype=dtype, device=DEVICE)
+    return memory.as_strided(x.shape, strides, 33 if style == "shifted" else 32).copy_(x)
 
 
-dims = st.sampled_from([32, 64, 64, 80, 96, 128, 128, 256, 8, 40, 72, 100, 160, 192, 33])
+def tensors(batch, heads, kv_heads, q_len, kv_len, dim, dtype=torch.float16, style="bshd"):
+    q = make(style, dtype, batch, heads, q_len, dim)
+    return q, *(make(style, dtype, batch, kv_heads, kv_len, dim, seed) for seed in (1, 2))
+
+
+def prepared(q, k, v, mask, layout, workers=8, bias=None, sinks=None, scale=0.2, softcap=0.0):
+    group = q.shape[1] // k.shape[1]
+    two_heads = layout == "heads" and group % 2 == 0 and mask.pattern_id.shape[1] == 1
+    config = select.CudaConfig(LAYOUTS[layout], two_heads, workers, 1 << 18)
+    return cuda.BlockCall("sm80", q, k, v, mask, bias, sinks, scale, softcap, config)
+
+
+def forward(q, k, v, mask, layout, bias=None, sinks=None, **options):
+    call = prepared(q, k, v, mask, layout, bias=bias, sinks=sinks, **options)
+    # The workspace comes from this memory: what the kernel does not write shows.
+    torch.full((1 << 22,), torch.nan, device=DEVICE)
+    return call(q, k, v, mask, bias, sinks)
+
+
+def reference(q, k, v, mask, bias=None, sinks=None, scale=0.2, softcap=0.0):
+    dense = mask.to_dense()
+    return reference_attention(q, k, v, dense, scale=scale, softcap=softcap, bias=bias, sinks=sinks)
+
+
+def check_close(out, lse, q, k, v, mask, **options):
+    want, want_lse = reference(q, k, v, mask, **options)
+    near = {"atol": TOLERANCE[q.dtype], "rtol": TOLERANCE[q.dtype]}
+    torch.testing.assert_close(out.transpose(1, 2).double(), want, **near)
+    torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
+
+
+def compare(q, k, v, mask, layout, workers=8, **options):
+    out, lse = forward(q, k, v, mask, layout, workers=workers, **options)
+    check_close(out, lse, q, k, v, mask, **options)
 
 
 @st.composite
 def calls(draw):
-    """Everything a call is made of but where its tensors lie."""
+    """A mask, shapes, where tensors lie, and options."""
     case = draw(cases(max_heads=3))
     mask = case.mask()
-    pattern_heads, batch = mask.pattern_id.shape[1], max(mask.shape[0], draw(st.integers(1, 2)))
+    batch = max(mask.shape[0], draw(st.integers(1, 2)))
+    pattern_heads = mask.pattern_id.shape[1]
     heads, kv_heads = draw(st.sampled_from([(4, 2), (4, 4), (6, 1), (3, 1)]))
     if pattern_heads > 1:
         heads, kv_heads = pattern_heads, draw(st.sampled_from([1, pattern_heads]))
-    dim = draw(dims)
-    value_dim = draw(st.one_of(st.just(dim), dims))
+    dims = [draw(st.sampled_from(DIMS))] * 2
+    if draw(st.integers(0, 5)) == 0:
+        # Another head size of the values, or of the queries: the kernel of the larger serves.
+        dims[draw(st.integers(0, 1))] = draw(st.integers(1, dims[0]))
+    shapes = (
+        (batch, heads, case.q_len, dims[0]), (batch, kv_heads, case.kv_len, dims[0]),
+        (batch, kv_heads, case.kv_len, dims[1]),
+    )  # fmt: skip
     options = {
         "workers": draw(st.sampled_from([1, 8, 264])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 5.0])),
@@ -156,89 +104,171 @@ def calls(draw):
     if draw(st.integers(0, 2)) == 0:
         full = (batch, heads, case.q_len, case.kv_len)
         shape = [n if draw(st.booleans()) else 1 for n in full]
-        options["bias"] = torch.randn(shape).to(draw(st.sampled_from(list(BIAS_DTYPES))))
-    shapes = (
-        (batch, heads, case.q_len, dim), (batch, kv_heads, case.kv_len, dim),
-        (batch, kv_heads, case.kv_len, value_dim),
-    )  # fmt: skip
+        options["bias"] = torch.randn(shape).to(draw(st.sampled_from(BIAS_DTYPES)))
     styles = [draw(st.sampled_from(STYLES[:3]))] * 3
     if draw(st.integers(0, 3)) == 0:
         styles = [draw(st.sampled_from(STYLES)) for _ in range(3)]
     return mask, shapes, styles, draw(st.sampled_from(list(TOLERANCE))), options
 
 
-def check(call, layout, forward=forward, device="cuda"):
-    mask, shapes, styles, dtype, options = call
-    if mask.shape[0] not in (1, shapes[0][0]):
-        return
-    tensors = [
-        make(style, dtype, *shape, seed=i, device=device)
-        for i, (style, shape) in enumerate(zip(styles, shapes, strict=True))
-    ]
-    options = {
-        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in options.items()
-    }
-    compare(*tensors, mask.to(device), layout, forward, **options)
-
-
 # HYPOTHESIS_PROFILE=thorough runs 10,000 of them.
 @given(calls(), st.sampled_from(sorted(LAYOUTS)))
 def test_random_calls(call, layout):
-    check(call, layout)
+    mask, shapes, styles, dtype, options = call
+    if mask.shape[0] not in (1, shapes[0][0]):
+        return
+    q, k, v = (
+        make(style, dtype, *shape, seed=seed)
+        for seed, (style, shape) in enumerate(zip(styles, shapes, strict=True))
+    )
+    on_device = {
+        name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
+    compare(q, k, v, mask.to(DEVICE), layout, **on_device)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("dim", "layout"), product(FAMILY.head_dims, sorted(LAYOUTS)))
+@pytest.mark.parametrize(("dim", "layout"), product(DIMS, sorted(LAYOUTS)))
 def test_long_rows_are_split_and_merged(dim, layout, dtype):
-    mask = SparseMask.from_pattern(patterns.Longformer(40, (0, 1, 700, 1999)), 2000, device="cuda")
-    q = make("bshd", dtype, 1, 4, 2000, dim)
-    k, v = (make("bshd", dtype, 1, 2, 2000, dim, seed) for seed in (1, 2))
-    assert pack(q, k, v, mask, layout, workers=264)[0].plan.slots > 0
-    compare(q, k, v, mask, layout, workers=264)
+    mask = SparseMask.from_pattern(patterns.Longformer(40, (0, 1, 700, 1999)), 2000, device=DEVICE)
+    q, k, v = tensors(1, 4, 2, 2000, 2000, dim, dtype)
+    assert prepared(q, k, v, mask, layout, workers=264).problem.plan.slots > 0
+    compare(q, k, v, mask, layout, workers=264, sinks=torch.randn(4, device=DEVICE))
 
 
-@pytest.mark.parametrize(("dim", "layout"), product([64, 128, 256], sorted(LAYOUTS)))
+@pytest.mark.parametrize(("dim", "layout"), product(DIMS, sorted(LAYOUTS)))
 def test_long_runs_of_full_tiles(dim, layout):
-    mask = SparseMask.from_pattern(patterns.Causal(), 1500, 1700, q_offset=200, device="cuda")
-    q = make("packed", torch.float16, 2, 4, 1500, dim)
-    k, v = (make("packed", torch.float16, 2, 2, 1700, dim, seed) for seed in (1, 2))
+    mask = SparseMask.from_pattern(patterns.Causal(), 1100, 1300, q_offset=200, device=DEVICE)
+    q, k, v = tensors(2, 4, 2, 1100, 1300, dim, style="packed")
     compare(q, k, v, mask, layout)
-    compare(q, k, v, mask, layout, softcap=20.0, bias=torch.randn(4, 1, 1700, device="cuda"))
+    compare(q, k, v, mask, layout, softcap=20.0, bias=torch.randn(4, 1, 1300, device=DEVICE)[None])
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_padded_steps_are_left_out(layout):
-    at = torch.arange(1000, device="cuda")
+@each_layout
+def test_padding_on_the_right_on_the_left_with_holes_and_everywhere(layout):
+    at = torch.arange(1000, device=DEVICE)
     valid = torch.stack([at < 130, at >= 900, at % 3 == 0, at < 0])
-    mask = SparseMask.from_pattern(patterns.Causal(), 1000, device="cuda", padding=valid)
-    q = make("bshd", torch.float16, 4, 4, 1000, 64)
-    k, v = (make("bshd", torch.float16, 4, 2, 1000, 64, seed) for seed in (1, 2))
-    compare(q, k, v, mask, layout)
+    mask = SparseMask.from_pattern(patterns.Causal(), 1000, device=DEVICE, padding=valid)
+    for dim, options in ((64, {}), (80, {"softcap": 10.0}), (256, {})):
+        compare(*tensors(4, 4, 2, 1000, 1000, dim), mask, layout, **options)
 
 
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@each_layout
+def test_a_mask_per_head_and_batch(layout):
+    def fn(b, h, q, k):
+        return (q - k).abs() <= 20 * h + 50 * b
+
+    mask = SparseMask.from_pattern(patterns.Custom(fn, 2, 4), 300, device=DEVICE)
+    compare(*tensors(2, 4, 2, 300, 300, 96), mask, layout)
+
+
+@each_layout
+@pytest.mark.parametrize("dim", [64, 256])
+def test_rows_without_a_key(layout, dim):
+    def fn(b, h, q, k):
+        return (k < 200) & (q % 3 == 0) & (q < 200)
+
+    mask = SparseMask.from_pattern(patterns.Custom(fn), 300, 250, device=DEVICE)
+    q, k, v = tensors(1, 4, 2, 300, 250, dim)
+    empty = torch.arange(300, device=DEVICE)
+    empty = (empty % 3 > 0) | (empty >= 200)
+    for softcap in (0.0, 10.0):
+        out, lse = forward(q, k, v, mask, layout, softcap=softcap)
+        assert (out[:, empty] == 0).all() and (lse[:, :, empty] == -torch.inf).all()
+        assert out.isfinite().all() and lse[:, :, ~empty].isfinite().all()
+    sinks = torch.randn(4, device=DEVICE)
+    out, lse = forward(q, k, v, mask, layout, sinks=sinks)
+    assert (out[:, empty] == 0).all()
+    torch.testing.assert_close(lse[0, :, empty], sinks[:, None].expand(-1, int(empty.sum())))
+
+
+@pytest.mark.parametrize("dtype", BIAS_DTYPES, ids=str)
+def test_every_form_of_bias(dtype):
+    mask = SparseMask.from_pattern(patterns.Longformer(70, (3,)), 250, 330, device=DEVICE)
+    q, k, v = tensors(2, 4, 2, 250, 330, 64)
+    full = (2, 4, 250, 330)
+    for kept in product((False, True), repeat=4):
+        shape = [n if keep else 1 for n, keep in zip(full, kept, strict=True)]
+        bias = torch.randn(shape, device=DEVICE).to(dtype)
+        compare(q, k, v, mask, "rows", bias=bias)
+    bias = torch.randn(2, 330, 4, 251, device=DEVICE).to(dtype)[..., 1:].permute(0, 2, 3, 1)
+    bias[:, :, 3] = -torch.inf
+    compare(q, k, v, mask, "rows", bias=bias)
+
+
+@each_layout
+@pytest.mark.parametrize("dim", DIMS)
+def test_rows_of_any_alignment(dim, layout):
+    mask = SparseMask.from_pattern(patterns.SlidingWindow(90, 20), 260, device=DEVICE)
+    for style in ("shifted", "odd"):
+        compare(*tensors(2, 4, 2, 260, 260, dim, torch.bfloat16, style), mask, layout)
+
+
+@each_layout
 def test_the_same_call_gives_the_same_bits(layout):
-    mask = SparseMask.from_pattern(patterns.Longformer(40, (0, 1)), 1000, device="cuda")
-    tensors = [make("bshd", torch.float16, 2, 4, 1000, 64, seed) for seed in range(3)]
-    one, again = (forward(*tensors, mask, layout, workers=264) for _ in range(2))
+    mask = SparseMask.from_pattern(patterns.Longformer(40, (0, 1)), 1000, device=DEVICE)
+    q, k, v = tensors(2, 4, 2, 1000, 1000, 64)
+    one = forward(q, k, v, mask, layout, workers=264)
+    forward(v.repeat(1, 2, 1, 1), q[:, :2], k, mask, layout, workers=264)
+    again = forward(q, k, v, mask, layout, workers=264)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
 
 
-def test_offsets_beyond_32_bits():
-    """Rows of a tensor of more than 2^31 elements."""
-    rows, far = 300, 2**31 // 300 + 64
-    memory = torch.empty(rows * far, dtype=torch.float16, device="cuda")
-    x = memory.as_strided((1, 1, rows, 64), (0, 0, far, 1))
-    x.copy_(torch.randn(rows, 64))
-    mask = SparseMask.from_pattern(patterns.Causal(), rows, device="cuda")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("dim", "layout"), product(DIMS, sorted(LAYOUTS)))
+def test_errors_are_those_of_sdpa(dim, layout, dtype):
+    mask = SparseMask.from_pattern(patterns.Longformer(64, (0, 1, 2)), 1024, device=DEVICE)
+    q, k, v = tensors(1, 4, 4, 1024, 1024, dim, dtype)
+    dense, scale = mask.to_dense(), dim**-0.5
+    bias = torch.randn(1, 4, 1024, 1024, device=DEVICE).to(dtype)
+    for extra in (None, bias):
+        want, _ = reference(q, k, v, mask, scale=scale, bias=extra)
+        given = dense if extra is None else extra.masked_fill(~dense, -torch.inf)
+        sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, given)
+        ours = forward(q, k, v, mask, layout, scale=scale, bias=extra)[0].transpose(1, 2)
+        mine, theirs = ((x.double() - want).square().mean().sqrt() for x in (ours, sdpa))
+        assert mine <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("far", [2**31 // 290 // 8 * 8, 2**31 // 290 | 1], ids=["aligned", "odd"])
+def test_offsets_beyond_31_bits(far):
+    x = torch.zeros(300 * far, dtype=torch.float16, device=DEVICE)
+    x = x.as_strided((1, 1, 300, 64), (0, 0, far, 1)).copy_(torch.randn(300, 64))
+    mask = SparseMask.from_pattern(patterns.Causal(), 300, device=DEVICE)
     compare(x, x, x, mask, "rows")
 
 
-def test_what_it_does_not_compute_is_refused():
-    mask = SparseMask.from_pattern(patterns.Causal(), 100, device="cuda")
-    q, k, v = (make("bshd", torch.float16, 1, 1, 100, 80, seed) for seed in range(3))
-    p, kept = pack(q, k, v, mask, "rows")
-    message = library(64, q).stof_run(ctypes.byref(p), None)
-    assert b"next larger" in message
-    p.bias, p.bias_dtype = q.data_ptr(), 7
-    assert b"float32, float16 or bfloat16" in library(80, q).stof_run(ctypes.byref(p), None)
+def test_the_op_takes_it_for_what_the_hopper_kernel_does_not_compute(monkeypatch):
+    monkeypatch.setattr(select, "block_kernel", lambda able, *_: able[-1])
+    mask = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 500, device=DEVICE)
+    bias = torch.randn(4, 500, 500, device=DEVICE)
+    base = torch.randn(2, 4, 500 * 64 + 8, device=DEVICE, dtype=torch.float16)
+    aligned, shifted = (base[..., i : i + 500 * 64].view(2, 4, 500, 64) for i in (0, 1))
+    for x, options in (
+        (aligned, {}), (shifted, {}), (aligned, {"softcap": 30.0}), (aligned, {"bias": bias}),
+        (aligned[..., :32], {"sinks": torch.randn(4, device=DEVICE, dtype=torch.float16)}),
+    ):  # fmt: skip
+        out = attention(x, x, x, mask, scale=0.2, **options)
+        want, _ = reference(x, x, x, mask, **options)
+        torch.testing.assert_close(out.double(), want, atol=4e-3, rtol=4e-3)
+    made = [call.call for call in mask.plans["calls without lse"].values()]
+    assert [type(call) for call in made] == [cuda.BlockCall] * 5
+
+
+def test_works_in_a_cuda_graph_and_on_a_side_stream():
+    mask = SparseMask.from_pattern(patterns.Longformer(50, (0, 1)), 1500, device=DEVICE)
+    q, k, v = tensors(2, 4, 2, 1500, 1500, 96)
+    call = prepared(q, k, v, mask, "rows", workers=264)
+    want = call(q, k, v, mask, None, None)[0]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        out = call(q, k, v, mask, None, None)[0]
+    side.synchronize()
+    assert torch.equal(out, want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(q, k, v, mask, None, None)[0]
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, want)

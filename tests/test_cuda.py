@@ -15,10 +15,11 @@ from stof_hf.attention.reference import reference_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 
+# Items are split sooner than they pay.
 LAYOUTS = {
-    "rows": (Layout(2, False), False),
-    "paired": (Layout(1, True), False),
-    "heads": (Layout(1, False), True),
+    "rows": (Layout(2, False, merge_cost=1.0), False),
+    "paired": (Layout(1, True, merge_cost=1.0), False),
+    "heads": (Layout(1, False, merge_cost=1.0), True),
 }
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 

@@ -198,7 +198,8 @@ class Loader {
     for (int c = 0; c < C::kChunks; c += C::kGroup) {
       const int column = 8 * (c + threadIdx.x % C::kGroup);
       if (V == kGeneral && a_.by_elements)
-        store_shared(to + 16 * c, gather(reinterpret_cast<const uint16_t*>(row) + column, there ? columns - column : 0));
+        store_shared(to + 16 * c,
+                     gather(reinterpret_cast<const uint16_t*>(row) + column, there ? columns - column : 0));
       else
         copy_async(to + 16 * c, row + column, there && column < columns);
     }
@@ -486,7 +487,8 @@ const char* run(const Problem& p, cudaStream_t stream) {
     return "the bias must be float32, float16 or bfloat16";
   if (p.plan.slots > 0 && !p.workspace) return "a plan that splits items needs a workspace";
   if (p.grid == 0) return nullptr;
-  const bool aligned = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 && is_aligned(p.query, p.q, {p.batch, p.heads, p.q_len}) &&
+  const bool aligned = p.head_dim % 8 == 0 && p.value_dim % 8 == 0 &&
+                       is_aligned(p.query, p.q, {p.batch, p.heads, p.q_len}) &&
                        is_aligned(p.key, p.k, {p.batch, p.kv_heads, p.kv_len}) &&
                        is_aligned(p.value, p.v, {p.batch, p.kv_heads, p.kv_len});
   // Running maxima are kept of unscaled scores: a scale must not make differences of them vanish.

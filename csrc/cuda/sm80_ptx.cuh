@@ -59,11 +59,11 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) 
 // d[16 x 8] += a[16 x 16] b[16 x 8].
 template <typename T>
 __device__ __forceinline__ void multiply_add(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
-#define STOF_MMA(type)                                                                                    \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, "            \
-      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                            \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#define STOF_MMA(type)                                                                 \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, " \
+      "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                                  \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                 \
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
   if constexpr (std::is_same_v<T, __half>)
     STOF_MMA("f16");
   else

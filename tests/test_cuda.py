@@ -15,10 +15,11 @@ from stof_hf.attention.reference import reference_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 
+# Items are split sooner than they pay.
 LAYOUTS = {
-    "rows": (Layout(2, False), False),
-    "paired": (Layout(1, True), False),
-    "heads": (Layout(1, False), True),
+    "rows": (Layout(2, False, merge_cost=1.0), False),
+    "paired": (Layout(1, True, merge_cost=1.0), False),
+    "heads": (Layout(1, False, merge_cost=1.0), True),
 }
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
@@ -45,7 +46,7 @@ def forward(q, k, v, mask, layout, workers=8, sinks=None):
     # What the kernel allocates comes from this memory: what it does not write shows.
     torch.full((1 << 22,), torch.nan, device="cuda")
     config = select.CudaConfig(*LAYOUTS[layout], workers, 1 << 18)
-    call = cuda.BlockCall(q, k, v, mask, sinks, 0.2, None, config)
+    call = cuda.BlockCall("hopper", q, k, v, mask, None, sinks, 0.2, 0.0, config)
     return call(q, k, v, mask, None, sinks)
 
 

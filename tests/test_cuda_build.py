@@ -17,8 +17,27 @@ from stof_hf.attention.cuda_kernels import Family, Kernel, all_kernels
 from stof_hf.cli import app
 from stof_hf.errors import BuildError
 
-#: Bytes that ptxas may spill, of libraries that do: what was looked at and found harmless.
-SPILL_BUDGET: dict[str, int] = {}
+#: Bytes that ptxas may spill, of libraries that do: what was looked at and found harmless. Those of
+#: sm80.cu hold counters of its variant with a bias, which a step reads about once, and one word of
+#: the merge kernel.
+SPILL_BUDGET: dict[str, int] = {
+    f"sm80-{head_dim}-{dtype}-{architecture}": spilled
+    for head_dim, spilled in {64: 40, 96: 8, 128: 8, 256: 40}.items()
+    for dtype in ("float16", "bfloat16")
+    for architecture in ("sm_80", "sm_86", "sm_89", "sm_120")
+}
+
+
+def compiled_here() -> list[Kernel]:
+    """Every head size for every architecture; the second dtype, whose code differs by the names of
+    a few instructions, for the first architecture alone."""
+    return [
+        one
+        for one in all_kernels()
+        if one.dtype == torch.float16
+        or one.architecture == cuda_kernels.FAMILIES[one.family].architectures[0]
+    ]
+
 
 SOURCE = r"""
 #include "tiny.h"
@@ -247,15 +266,15 @@ def test_the_op():
 
 @pytest.fixture(scope="module")
 def everything():
-    """Every library of the table, compiled for each of its architectures."""
+    """The libraries of the table, compiled."""
     start = time.perf_counter()
-    cuda_build.build(all_kernels())
-    print(f"{len(all_kernels())} libraries in {time.perf_counter() - start:.0f} s")
+    cuda_build.build(compiled_here())
+    print(f"{len(compiled_here())} libraries in {time.perf_counter() - start:.0f} s")
 
 
 @needs_nvcc
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("one", all_kernels(), ids=lambda one: one.name)
+@pytest.mark.parametrize("one", compiled_here(), ids=lambda one: one.name)
 def test_every_kernel_compiles_and_keeps_to_its_registers(everything, one: Kernel):
     library = Path(cuda_build.load_kernel(one, str))
     log = library.with_suffix(".log").read_text()

@@ -13,41 +13,14 @@
 
 #include "fragments.cuh"
 #include "hopper_ptx.cuh"
-#include "problem.h"
+#include "items.cuh"
+#include "merge.cuh"
 
 namespace stof {
 namespace {
 
-constexpr int kTile = 64, kGranule = 16, kHalves = 2, kConsumers = 128 * kHalves;
-
 struct Maps {
   CUtensorMap query, query_granule, query_row, key, key_granule, value, value_granule, out;
-};
-
-// Division of 0 .. 2^31 - 1 by a number that the host knows.
-struct Divisor {
-  int by, shift;
-  uint32_t factor;
-
-  __host__ explicit Divisor(int64_t n) : by((int)n), shift(0) {
-    while ((1ll << shift) < n) ++shift;
-    factor = (uint32_t)(((1ull << 32) * ((1ull << shift) - n)) / n + 1);
-  }
-  __device__ __forceinline__ int divide(int x) const {
-    return (int)(((uint64_t)__umulhi(x, factor) + x) >> shift);
-  }
-};
-
-struct Arguments {
-  const float* sinks;
-  const uint64_t* kv_valid;
-  int64_t valid_batch;
-  void* out;
-  float *lse, *part;
-  Divisor copies, heads_of, group;  // heads_of: heads, or pairs of them, of a batch element
-  int heads, n_queue, q_len, two_heads;
-  float scale;
-  Plan plan;
 };
 
 // What the consumers of a block need to know of an item.
@@ -89,9 +62,6 @@ struct Shared {
   uint64_t query_full[C::kQueries], query_empty[C::kQueries];
 };
 
-// Tells the compiler that all lanes hold the same: products must not lie in divergent branches.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
-
 // A position in a ring of N buffers and the parity of its barriers' phase.
 template <int N>
 struct Ring {
@@ -100,32 +70,6 @@ struct Ring {
     if (++at == N) at = 0, parity ^= 1;
   }
 };
-
-struct Item {
-  int4 x, y;
-  int batch, head;
-};
-
-__device__ __forceinline__ int fetch_entry(const Arguments& a, int at) {
-  return at >= a.n_queue ? -1 : a.plan.queue ? __ldg(a.plan.queue + at) : at;
-}
-
-__device__ __forceinline__ Item fetch(const Arguments& a, int entry) {
-  Item item;
-  item.x.x = kNone;
-  if (entry < 0) return item;
-  int64_t index = a.copies.divide(entry);
-  const int copy = entry - (int)index * a.copies.by;
-  item.batch = a.heads_of.divide(copy);
-  item.head = (copy - item.batch * a.heads_of.by) * (a.two_heads ? 2 : 1);
-  if (a.plan.pattern_id)
-    index += __ldg(a.plan.pattern_id + item.batch * a.plan.pattern_batch + item.head * a.plan.pattern_head) *
-             a.plan.n_items;
-  const int4* at = reinterpret_cast<const int4*>(a.plan.items) + 2 * index;
-  item.x = __ldg(at);
-  item.y = __ldg(at + 1);
-  return item;
-}
 
 template <typename T, int D, bool Valid>
 __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, Item next) {
@@ -294,7 +238,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   constexpr int kChunkBytes = kTile * 64 * (int)sizeof(T);
   const int half = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4;
-  const float scale = a.scale * kLog2e, slack = 8.f / scale;
+  const float scale = a.scale, slack = 8.f / scale;
   Ring<C::kStages> stage;
   Ring<C::kQueries> q;
   auto release = [&](int at) {
@@ -549,45 +493,6 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
   }
 }
 
-// Combines the pieces of a row tile, in order.
-template <typename T, int D>
-__global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Arguments a) {
-  const int thread = threadIdx.x, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
-  const int head = blockIdx.x % a.heads, batch = blockIdx.x / a.heads;
-  const int pattern =
-      a.plan.pattern_id ? a.plan.pattern_id[batch * a.plan.pattern_batch + head * a.plan.pattern_head] : 0;
-  const int4 merge =
-      reinterpret_cast<const int4*>(a.plan.merges)[(int64_t)pattern * a.plan.n_merges + blockIdx.y];
-  if (merge.x == kNone) return;
-  int row[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int i = own_row + 8 * r;
-    row[r] = merge.x >= 0 ? merge.x * kTile + i : a.plan.rows[(-1 - merge.x) * kTile + i];
-    if (row[r] >= a.q_len) row[r] = -1;
-  }
-  const float scale = a.scale * kLog2e;
-  Softmax total;
-  float o[D / 2];
-#pragma unroll
-  for (int i = 0; i < D / 2; ++i) o[i] = 0;
-  cudaGridDependencySynchronize();
-  for (int i = 0; i < merge.z; ++i) {
-    const float* part =
-        a.part + ((int64_t)blockIdx.x * a.plan.slots + merge.y + i * merge.w) * (kTile * (D + 2));
-    Softmax piece;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      piece.m[r] = part[kTile * D + own_row + 8 * r];
-      piece.l[r] = part[kTile * D + kTile + own_row + 8 * r];
-    }
-    combine(total, o, piece, part + 4 * thread, 4 * 128, scale);
-  }
-  T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * D;
-  finish(total, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse + (int64_t)blockIdx.x * a.q_len);
-  store_rows<T>(o, row, out, (int64_t)a.heads * D);
-}
-
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 Encode find_encode() {
@@ -627,22 +532,7 @@ const char* run(const Problem& p, cudaStream_t stream) {
                     make_map<T>(maps.value_granule, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&
                     make_map<T>(maps.out, encode, p.out, out, D, p.q_len, p.heads, p.batch, 16);
   if (!fits) return "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
-  const int64_t copies = p.batch * p.heads / (p.two_heads ? 2 : 1);
-  const Arguments a = {p.sinks,
-                       p.kv_valid,
-                       p.valid_batch,
-                       p.out,
-                       p.lse,
-                       p.workspace,
-                       Divisor(copies),
-                       Divisor(p.heads / (p.two_heads ? 2 : 1)),
-                       Divisor(p.heads / p.kv_heads),
-                       (int)p.heads,
-                       (int)p.plan.n_queue,
-                       (int)p.q_len,
-                       (int)p.two_heads,
-                       (float)p.scale,
-                       p.plan};
+  const Arguments a(p, p.scale * kLog2e);
   constexpr int bytes = (int)sizeof(Shared<T, D>) + 1024;
   const auto kernel = p.kv_valid ? block_kernel<T, D, true> : block_kernel<T, D, false>;
   static bool ready[64][2] = {};

@@ -23,11 +23,12 @@ struct Strides3 {
 // neighbours can share a tile.
 //
 // Item, 8 ints: row tile of half 0, row tile of half 1, first key and number of steps of the full
-// run, first entry and number of listed steps, slot (-1: whole), reserved. Each half is 64 rows, computed by one
-// warpgroup. Tile kNone: the item (half 0) or the half (half 1) is empty. Where both halves name the
-// same tile, they share its steps: half h takes those with index % 2 == h, counted through the full
-// run and the list, and their results are combined. slot >= 0: the item is a piece of its rows' keys;
-// fp32 partial results go to the workspace and are combined by the merge kernel.
+// run, first entry and number of listed steps, slot (-1: whole), reserved. Each half is 64 rows, computed by 4
+// warps. Tile kNone: the item (half 0) or the half (half 1) is empty. Where both halves name the same
+// tile, they divide its keys, and their results are combined: half h of the Hopper kernel takes the
+// steps with index % 2 == h, counted through the full run and the list, that of the sm_80 kernel half
+// of every step. slot >= 0: the item is a piece of its rows' keys; fp32 partial results go to the
+// workspace and are combined by the merge kernel.
 //
 // Step, 8 ints: the first keys of 4 granules of 16 keys each, then for each half what it sees of
 // these 64 keys: kFull, kEmpty, or an index into bits. Unused granules repeat a used one with zero
@@ -55,6 +56,9 @@ struct Plan {
 };
 
 constexpr int32_t kNone = INT32_MIN, kFull = -1, kEmpty = -2;
+
+// bias_dtype
+constexpr int64_t kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2;
 
 struct Problem {
   const void* query;         // [B, H, Sq, D]

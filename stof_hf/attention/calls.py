@@ -1,7 +1,7 @@
 """Calls of GPU kernels, prepared once and kept with the mask.
 
-Everything that a call with the same mask, shapes and strides repeats - the work list, the grid, the
-compiled kernel - is worked out when it is first seen; a later call launches.
+Everything that a call with the same mask, shapes, strides and alignment repeats - the work list,
+the grid, the compiled kernel - is worked out when it is first seen; a later call launches.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def forward(
         mask = mask_for(FULL_PATTERN, q.shape[-2], k.shape[-2], device=q.device)
     valid = mask.kv_valid
     key = (
+        (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0,
         q.shape, q.stride(), q.dtype, q.device, k.shape, k.stride(), k.dtype, k.device,
         v.shape, v.stride(), v.dtype, v.device, scale, softcap,
         None if valid is None else valid.shape,

@@ -7,8 +7,6 @@ a call hands its tensors and that struct to the binding, which allocates the out
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -16,10 +14,12 @@ from ..errors import BuildError
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import cuda_build, select
+from .cuda_kernels import kernel
 from .granules import granule_plan
 
 _POINTERS = ("query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks")
 _PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
+_BIAS_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 class _Strides(ctypes.Structure):
@@ -59,64 +59,78 @@ class Problem(ctypes.Structure):
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-    otherwise: Callable[..., Any],
 ) -> BlockCall | None:  # fmt: skip
-    """See `calls.forward`; None where no kernel computes such a call.
-
-    Args:
-        otherwise: prepares a call elsewhere, for tensors whose rows turn out not to be aligned.
+    """See `calls.forward`; None where no kernel computes such a call, or Triton's does it sooner.
 
     Raises BuildError where the kernels cannot be built.
     """
-    block_wise = (
-        torch.cuda.get_device_capability(q.device)[0] == 9
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[3] in (64, 128) and v.shape[3] == q.shape[3]
-        and scale > 0 and softcap == 0 and bias is None
-        and not mask.is_view
-        and all(x.stride(i) * 2 % 16 == 0 for x in (q, k, v) for i in range(3))
-        and all(x.stride(i) > 0 for x in (q, k, v) for i in range(3))
+    able = families(q, k, v, mask, bias, scale, softcap)
+    family = select.block_kernel(able, q, k, v, mask, bias, softcap)
+    if family is None:
+        return None
+    return BlockCall(family, q, k, v, mask, bias, sinks, scale, softcap)
+
+
+def families(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    bias: torch.Tensor | None, scale: float, softcap: float,
+) -> list[str]:  # fmt: skip
+    """The families of block-wise kernels that compute such a call on the tensors' device."""
+    if mask.is_view or (bias is not None and bias.dtype not in _BIAS_DTYPES):
+        return []
+    capability = torch.cuda.get_device_capability(q.device)
+    dim = max(q.shape[3], v.shape[3])
+    found = [name for name in ("hopper", "sm80") if kernel(name, dim, q.dtype, capability)]
+    by_boxes = (
+        v.shape[3] == q.shape[3] and scale > 0 and softcap == 0 and bias is None
+        and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+        and all(x.stride(i) > 0 and x.stride(i) % 8 == 0 for x in (q, k, v) for i in range(3))
     )  # fmt: skip
-    return BlockCall(q, k, v, mask, sinks, scale, otherwise) if block_wise else None
+    return found if by_boxes else [name for name in found if name != "hopper"]
 
 
 class BlockCall:
-    """A prepared call of the block-wise kernel for Hopper."""
+    """A prepared call of a block-wise kernel; `family` is one of `families`."""
 
     def __init__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        sinks: torch.Tensor | None, scale: float, otherwise: Callable[..., Any],
+        self, family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         config: select.CudaConfig | None = None,
     ):  # fmt: skip
-        kernels = cuda_build.library("hopper", q.shape[3], q.dtype, q.device.index)
+        batch, heads, q_len, head_dim = q.shape
+        kv_heads, kv_len, value_dim = v.shape[1:]
+        dim = max(head_dim, value_dim)
+        kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
         if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
             raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda.py do not agree")
         cuda_build.binding()
         self.run = torch.ops.stof_cuda.run.default
         self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
-        self.otherwise, self.scale = otherwise, scale
-        self.other: Any = None
         self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
-        batch, heads, q_len, dim = q.shape
-        kv_heads, kv_len = k.shape[1], k.shape[2]
         if config is None:
-            config = select.cuda_config(q, k, mask)
+            config = select.cuda_config(q, k, v, mask)
         copies = batch * heads // (2 if config.two_heads else 1)
-        per_copy = kv_len * 2 * dim * k.itemsize * kv_heads * (1 + config.two_heads) // heads
+        row_bytes = (head_dim + value_dim) * k.itemsize
+        per_copy = kv_len * row_bytes * kv_heads * (1 + config.two_heads) // heads
         together = min(copies, max(1, config.l2_bytes // per_copy))
         plan = granule_plan(mask, config.layout, copies, config.workers, together)
         n_items = plan.items.shape[1]
         p = Problem()
         for name, x in zip("qkv", (q, k, v), strict=True):
             setattr(p, name, _Strides(*x.stride()[:3]))
-        p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, dim
-        p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, v.shape[3]
+        p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, head_dim
+        p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, value_dim
         if mask.kv_valid is not None and len(mask.kv_valid) > 1:
             p.valid_batch = mask.kv_valid.shape[1]
+        if bias is not None:
+            # Strides of 0 along what broadcasts.
+            whole = bias.expand(batch, heads, q_len, kv_len)
+            p.bias_batch, p.bias_head, p.bias_row, p.bias_col = whole.stride()
+            p.bias_dtype = _BIAS_DTYPES[bias.dtype]
         p.grid = min(config.workers, n_items * copies)
         p.two_heads = config.two_heads
         p.device = q.device.index
-        p.scale = scale
+        p.scale, p.softcap = scale, softcap
         p.workspace_bytes = batch * heads * plan.slots * TILE * (dim + 2) * 4
         for name in _PLAN:
             setattr(p.plan, name, getattr(plan, name).data_ptr())
@@ -136,10 +150,6 @@ class BlockCall:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-            if self.other is None:
-                self.other = self.otherwise(q, k, v, mask, bias, sinks, self.scale, 0.0, False)
-            return self.other(q, k, v, mask, bias, sinks)
         if self.casts_sinks:
             sinks = sinks.float()
-        return self.run(q, k, v, mask.kv_valid, None, sinks, self.function, self.address)
+        return self.run(q, k, v, mask.kv_valid, bias, sinks, self.function, self.address)

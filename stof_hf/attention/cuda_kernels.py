@@ -35,6 +35,11 @@ FAMILIES: dict[str, Family] = {
     "tiles": Family(
         ("tiles.cu",), ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"), (None,), (None,)
     ),
+    "sm80": Family(
+        ("sm80.cu",),
+        ("sm_80", "sm_86", "sm_89", "sm_120", "compute_80"),
+        (32, 64, 80, 96, 128, 256),
+    ),
 }
 
 _TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}

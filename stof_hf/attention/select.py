@@ -50,8 +50,8 @@ def _prepare(
     from . import triton
 
     *options, on_device = rest
-    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k, mask)):
-        call = _prepare_native(with_lse, q, k, v, mask, *options, triton.prepare)
+    if not (on_device or use_row_wise(q, q.shape[3], mask)):
+        call = _prepare_native(with_lse, q, k, v, mask, *options)
         if call is not None:
             return call
     return triton.prepare(q, k, v, mask, *rest)
@@ -64,17 +64,17 @@ _CALLS = {
 
 
 def _prepare_native(
-    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
-) -> Any:
+    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    *options: Any,
+) -> Any:  # fmt: skip
     from . import cuda, sdpa
 
-    *options, otherwise = rest
     if (call := sdpa.prepare(with_lse, q, k, v, mask, *options)) is not None:
         return call
     if _failures:
         return None
     try:
-        return cuda.prepare(q, k, v, mask, *options, otherwise)
+        return cuda.prepare(q, k, v, mask, *options)
     except BuildError as error:
         _failures.append(error)
         warnings.warn(
@@ -157,7 +157,7 @@ def block_config(q: torch.Tensor, dim: int, runs: float) -> BlockConfig:
 
 @dataclass(frozen=True)
 class CudaConfig:
-    """Of the CUDA block-wise kernel: how its blocks' halves are used, whether they are two heads,
+    """Of the CUDA block-wise kernels: how a block's halves are used, whether they are two heads,
     blocks that the device runs at once, and the bytes of keys and values that run together."""
 
     layout: Layout
@@ -169,23 +169,34 @@ class CudaConfig:
 _LAYOUTS = {"rows": (2, False), "paired": (1, True), "heads": (1, False)}
 
 
-def cuda_config(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> CudaConfig:
-    """How the CUDA block-wise kernel computes a call in the least time."""
-    heads, dim = q.shape[1], q.shape[3]
-    shares_keys = heads // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1
-    names = [name for name in _LAYOUTS if name != "heads" or shares_keys]
-    name = min(names, key=lambda name: _predicted(name, q, mask))
+def cuda_config(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask) -> CudaConfig:
+    """How a CUDA block-wise kernel computes a call in the least time."""
+    name, small = _cuda_layout(q, k, mask), max(q.shape[3], v.shape[3]) <= 64
     # One block a multiprocessor has nobody to hide how an item begins and ends behind.
-    layout = Layout(*_LAYOUTS[name], 1.0 if dim <= 64 else 5.5)
-    workers = multiprocessors(q.device) * (2 if dim <= 64 else 1)
-    return CudaConfig(layout, name == "heads", workers)
+    layout = Layout(*_LAYOUTS[name], 1.0 if small else 5.5)
+    return CudaConfig(layout, name == "heads", multiprocessors(q.device) * (2 if small else 1))
 
 
-def use_triton(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> bool:
-    """Whether the Triton kernel, which starts sooner, ends sooner than the CUDA kernel."""
-    config = cuda_config(q, k, mask)
-    name = next(n for n, x in _LAYOUTS.items() if x == (config.layout.tiles, config.layout.paired))
-    return _predicted("triton", q, mask) < _predicted(name, q, mask)
+def block_kernel(
+    families: list[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    bias: torch.Tensor | None, softcap: float,
+) -> str | None:  # fmt: skip
+    """The kernel that computes a call block-wise: one of `families`, or None for Triton's.
+
+    Args:
+        families: those of `cuda_kernels` that can compute it.
+    """
+    if "hopper" in families:
+        # The Triton kernel starts sooner, and may end sooner.
+        best = _cuda_layout(q, k, mask)
+        return None if _predicted("triton", q, mask) < _predicted(best, q, mask) else "hopper"
+    return "sm80" if "sm80" in families else None
+
+
+def _cuda_layout(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> str:
+    shares_keys = q.shape[1] // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1
+    names = [name for name in _LAYOUTS if name != "heads" or shares_keys]
+    return min(names, key=lambda name: _predicted(name, q, mask))
 
 
 def _predicted(name: str, q: torch.Tensor, mask: SparseMask) -> float:

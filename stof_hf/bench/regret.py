@@ -30,13 +30,14 @@ LAYOUTS = {"rows": (2, False, False), "paired": (1, True, False), "heads": (1, F
 def configurations(problem: Problem, mask: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Each kernel and layout that could compute the problem, ready to be called."""
     q, k, v, scale = problem.q, problem.k, problem.v, problem.cell.head_dim**-0.5
-    chosen = select.cuda_config(q, k, mask)
+    chosen = select.cuda_config(q, k, v, mask)
+    family = cuda.families(q, k, v, mask, None, scale, 0.0)[0]
     for name, (tiles, paired, two_heads) in LAYOUTS.items():
         if two_heads and problem.cell.heads // problem.cell.kv_heads % 2:
             continue
         layout = replace(chosen.layout, tiles=tiles, paired=paired)
         config = replace(chosen, layout=layout, two_heads=two_heads)
-        call = cuda.BlockCall(q, k, v, mask, None, scale, triton.prepare, config)
+        call = cuda.BlockCall(family, q, k, v, mask, None, None, scale, 0.0, config)
         yield name, lambda call=call: call(q, k, v, mask, None, None)
     options = {"bias": None, "sinks": None, "scale": scale, "softcap": 0.0}
     yield "triton", lambda: calls.forward("triton calls", triton.prepare, q, k, v, mask, **options)

@@ -1,0 +1,58 @@
+"""Which kernel computes a call; nothing here runs on a GPU."""
+
+import pytest
+import torch
+
+from stof_hf import SparseMask, patterns
+from stof_hf.attention import cuda, select
+
+MASK = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 500)
+
+
+@pytest.fixture
+def families(monkeypatch):
+    """families(capability, ...): what computes such a call on a GPU of that compute capability."""
+
+    def found(capability, dim=64, value_dim=None, dtype=torch.float16, shift=0, mask=MASK, **rest):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        memory = torch.zeros(2, 4, 500 * 256 + 8, dtype=dtype)
+
+        def make(dim):
+            return memory[..., shift : shift + 500 * dim].unflatten(2, (500, dim))
+
+        options = {"bias": None, "scale": 0.2, "softcap": 0.0, **rest}
+        q = make(dim)
+        return cuda.families(q, q, make(value_dim or dim), mask, *options.values())
+
+    return found
+
+
+def test_families_that_compute_a_call(families):
+    hopper = (9, 0)
+    both, general = ["hopper", "sm80"], ["sm80"]
+    assert families(hopper) == families(hopper, 128, dtype=torch.bfloat16) == both
+    for capability in ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0)):
+        assert families(capability) == families(capability, 256) == general
+    for dim in (32, 80, 96, 256):
+        assert families(hopper, dim) == general
+    for other in (
+        {"softcap": 30.0}, {"bias": torch.zeros(1, 1, 1, 500)}, {"scale": -0.2}, {"shift": 1},
+        {"value_dim": 32}, {"value_dim": 128},
+    ):  # fmt: skip
+        assert families(hopper, **other) == general
+
+
+def test_calls_left_to_triton(families):
+    bias = torch.zeros(1, 1, 1, 500, dtype=torch.float64)
+    view = SparseMask.from_pattern(patterns.Causal(), 600).rows(100, 500, 600)
+    for rest in ({"dim": 72}, {"dtype": torch.float32}, {"bias": bias}, {"mask": view}):
+        assert families((9, 0), **rest) == []
+    assert families((7, 5)) == []
+
+
+def test_block_kernel():
+    q = torch.zeros(16, 12, 500, 64, dtype=torch.float16)
+    rest = q, q, q, MASK, None, 0.0
+    assert select.block_kernel(["hopper", "sm80"], *rest) == "hopper"
+    assert select.block_kernel(["sm80"], *rest) == "sm80"
+    assert select.block_kernel([], *rest) is None

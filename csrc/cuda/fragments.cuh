@@ -31,9 +31,10 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 }
 
 // Bit i of the word is that of accumulator i.
-__device__ __forceinline__ void apply_bits(float (&s)[32], uint32_t word) {
+template <int N>
+__device__ __forceinline__ void apply_bits(float (&s)[N], uint32_t word) {
 #pragma unroll
-  for (int i = 0; i < 32; ++i)
+  for (int i = 0; i < N; ++i)
     if (!(word >> i & 1)) s[i] = -INFINITY;
 }
 
@@ -68,11 +69,12 @@ struct Softmax {
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {0, 0};
 
   // Whether the output must be scaled by `factor` before this step's product is added.
-  __device__ __forceinline__ bool update(const float (&s)[32], float scale, float slack, float (&factor)[2]) {
+  template <int N>
+  __device__ __forceinline__ bool update(const float (&s)[N], float scale, float slack, float (&factor)[2]) {
     // Four chains a row: one alone would wait for its own result in every instruction.
     float chain[2][4];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < N; ++i) {
       float& x = chain[i / 2 % 2][i / 4 % 2 * 2 + i % 2];
       x = i < 8 ? s[i] : fmaxf(x, s[i]);
     }
@@ -93,14 +95,14 @@ struct Softmax {
   }
 
   // Scores become the rounded weights, packed as the next product's first operand.
-  template <typename T>
-  __device__ __forceinline__ void weigh(float (&s)[32], float scale) {
+  template <typename T, int N>
+  __device__ __forceinline__ void weigh(float (&s)[N], float scale) {
     float base[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) base[r] = m[r] == -INFINITY ? 0.f : m[r] * scale;
     float chain[2][2] = {};
 #pragma unroll
-    for (int i = 0; i < 32; ++i) {
+    for (int i = 0; i < N; ++i) {
       const int r = i / 2 % 2;
       s[i] = exp2_fast(fmaf(s[i], scale, -base[r]));
       chain[r][i % 2] += s[i];
@@ -161,26 +163,40 @@ __device__ __forceinline__ void finish(const Softmax& a, float (&o)[N], const in
   scale_rows(o, factor);
 }
 
-// Stores two rows a lane, 16 bytes at a time: the four lanes of a quad exchange their columns first.
+// Stores the first `columns` of two rows a lane, 16 bytes at a time, which rows and columns must be
+// multiples of: the four lanes of a quad exchange their columns first. row < 0: not stored.
 template <typename T, int N>
-__device__ __forceinline__ void store_rows(const float (&o)[N], const int (&row)[2], T* out, int64_t out_row) {
+__device__ __forceinline__ void store_rows(const float (&o)[N], const int (&row)[2], T* out, int64_t out_row,
+                                           int columns = 2 * N) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane & 1, upper = lane & 2;
 #pragma unroll
   for (int r = 0; r < 2; ++r)
 #pragma unroll
     for (int j = 0; j < N / 4; j += 4) {
-      uint32_t x[4];
+      uint32_t x[4] = {};
 #pragma unroll
-      for (int i = 0; i < 4; ++i) x[i] = pack<T>(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
+      for (int i = 0; i < 4 && j + i < N / 4; ++i)
+        x[i] = pack<T>(o[4 * (j + i) + 2 * r], o[4 * (j + i) + 2 * r + 1]);
       // A 4 x 4 transposition within the quad: lane i ends with all of column group j + i.
       uint32_t a = __shfl_xor_sync(~0u, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(~0u, odd ? x[2] : x[3], 1);
       (odd ? x[0] : x[1]) = a, (odd ? x[2] : x[3]) = b;
       a = __shfl_xor_sync(~0u, upper ? x[0] : x[2], 2), b = __shfl_xor_sync(~0u, upper ? x[1] : x[3], 2);
       (upper ? x[0] : x[2]) = a, (upper ? x[1] : x[3]) = b;
-      if (row[r] >= 0)
+      if (row[r] >= 0 && 8 * (j + lane) < columns)
         *reinterpret_cast<uint4*>(out + row[r] * out_row + 8 * (j + lane)) = make_uint4(x[0], x[1], x[2], x[3]);
     }
+}
+
+// The same, element by element: for rows of any alignment.
+template <typename T, int N>
+__device__ __forceinline__ void store_elements(const float (&o)[N], const int (&row)[2], T* out, int64_t out_row,
+                                               int columns) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int r = i / 2 % 2, column = i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    if (row[r] >= 0 && column < columns) out[row[r] * out_row + column] = T(o[i]);
+  }
 }
 
 }  // namespace stof

@@ -12,48 +12,11 @@ from typing import Any
 
 import torch
 
-from ..errors import BuildError
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
-from . import cuda_build, select
+from . import select
+from .cuda_problem import PLAN, Problem, kernel_function
 from .granules import granule_plan
-
-_POINTERS = ("query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks")
-_PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
-
-
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
-
-
-class _Plan(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_PLAN, "pattern_id")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("pattern_batch", "pattern_head", "n_items", "n_merges", "n_queue", "slots")
-        ),
-    ]
-
-
-class Problem(ctypes.Structure):
-    """`stof::Problem` of csrc/cuda/problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, _Strides) for name in "qkv"),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "bias_batch", "bias_head", "bias_row", "bias_col", "bias_dtype", "valid_batch",
-                "batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim",
-                "workspace_bytes", "grid", "two_heads", "device",
-            )
-        ),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-        ("plan", _Plan),
-    ]  # fmt: skip
 
 
 def prepare(
@@ -88,12 +51,8 @@ class BlockCall:
         sinks: torch.Tensor | None, scale: float, otherwise: Callable[..., Any],
         config: select.CudaConfig | None = None,
     ):  # fmt: skip
-        kernels = cuda_build.library("hopper", q.shape[3], q.dtype, q.device.index)
-        if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
-            raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda.py do not agree")
-        cuda_build.binding()
+        self.function = kernel_function("hopper", q)
         self.run = torch.ops.stof_cuda.run.default
-        self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
         self.otherwise, self.scale = otherwise, scale
         self.other: Any = None
         self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
@@ -107,23 +66,12 @@ class BlockCall:
         plan = granule_plan(mask, config.layout, copies, config.workers, together)
         n_items = plan.items.shape[1]
         p = Problem()
-        for name, x in zip("qkv", (q, k, v), strict=True):
-            setattr(p, name, _Strides(*x.stride()[:3]))
-        p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, dim
-        p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, v.shape[3]
-        if mask.kv_valid is not None and len(mask.kv_valid) > 1:
-            p.valid_batch = mask.kv_valid.shape[1]
+        p.describe(q, k, v, mask, scale)
         p.grid = min(config.workers, n_items * copies)
         p.two_heads = config.two_heads
-        p.device = q.device.index
-        p.scale = scale
         p.workspace_bytes = batch * heads * plan.slots * TILE * (dim + 2) * 4
-        for name in _PLAN:
+        for name in PLAN:
             setattr(p.plan, name, getattr(plan, name).data_ptr())
-        ids = mask.pattern_id
-        p.plan.pattern_id = ids.data_ptr() if len(mask.row_ptr) > 1 else None
-        p.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
-        p.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
         p.plan.n_items, p.plan.n_merges = n_items, plan.merges.shape[1]
         p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
         if not len(plan.queue):
@@ -142,4 +90,5 @@ class BlockCall:
             return self.other(q, k, v, mask, bias, sinks)
         if self.casts_sinks:
             sinks = sinks.float()
-        return self.run(q, k, v, mask.kv_valid, None, sinks, self.function, self.address)
+        tensors = (q, k, v, mask.kv_valid, None, sinks, None, None)
+        return self.run(*tensors, self.function, self.address)

@@ -50,10 +50,15 @@ def _prepare(
     from . import triton
 
     *options, on_device = rest
-    if not (on_device or use_row_wise(q, q.shape[3], mask) or use_triton(q, k, mask)):
-        call = _prepare_native(with_lse, q, k, v, mask, *options, triton.prepare)
-        if call is not None:
-            return call
+    if use_row_wise(q, q.shape[3], mask):
+        prepare = _prepare_decode
+    elif on_device or use_triton(q, k, mask):
+        return triton.prepare(q, k, v, mask, *rest)
+    else:
+        prepare = partial(_prepare_native, with_lse)
+    call = prepare(q, k, v, mask, *options, triton.prepare)
+    if call is not None:
+        return call
     return triton.prepare(q, k, v, mask, *rest)
 
 
@@ -68,13 +73,23 @@ def _prepare_native(
 ) -> Any:
     from . import cuda, sdpa
 
-    *options, otherwise = rest
+    *options, _ = rest
     if (call := sdpa.prepare(with_lse, q, k, v, mask, *options)) is not None:
         return call
+    return _prepare_cuda(cuda.prepare, q, k, v, mask, *rest)
+
+
+def _prepare_decode(*call: Any) -> Any:
+    from . import cuda_decode
+
+    return _prepare_cuda(cuda_decode.prepare, *call)
+
+
+def _prepare_cuda(prepare: calls.Prepare, *call: Any) -> Any:
     if _failures:
         return None
     try:
-        return cuda.prepare(q, k, v, mask, *options, otherwise)
+        return prepare(*call)
     except BuildError as error:
         _failures.append(error)
         warnings.warn(
@@ -208,6 +223,25 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     keys_per_split = -(-kv_len // splits // keys) * keys
     stages = 3 if not large else 2 if roomy else 1
     return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split, stages)
+
+
+def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
+    """Into how many pieces the CUDA decode kernel cuts the keys of a row.
+
+    As many as end soonest, where two blocks run on a multiprocessor at once, each moves a tile of
+    64 keys at a time, and beginning takes about as long as a tile, as does combining the pieces.
+    """
+    batch, heads, q_len, _ = q.shape
+    group = 1 if len(mask.row_ptr) > 1 and mask.pattern_id.shape[1] > 1 else heads // k.shape[1]
+    blocks = batch * (heads // group) * -(-q_len * group // 64)
+    tiles = -(-k.shape[2] // 64)
+    workers = 2 * multiprocessors(q.device)
+
+    def tiles_long(splits: int) -> int:
+        waves = -(-blocks * splits // workers)
+        return waves * (-(-tiles // splits) + 1) + (splits > 1)
+
+    return min(range(1, min(tiles, 256) + 1), key=tiles_long)
 
 
 @lru_cache

@@ -1,0 +1,581 @@
+// Attention of at most 16 queries, as in decoding: memory-bound, so everything serves to keep loads
+// of keys and values in flight.
+//
+// Tiling: the rows of a block are those of all heads that share keys, for every query: 16, 32 or 64
+// of them, 16 to a warp. Its 4 warps divide the 64 keys of each tile: with 16 rows each takes 16
+// keys, with 64 rows all work on the same 64. Blocks divide the tiles of a row between them
+// (Problem::splits); a second kernel combines what they found, in fixed order.
+//
+// Pipeline: cp.async rings of tiles, one for each group of warps that share keys, so that groups
+// never wait for each other. Products are mma.sync.
+//
+// Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
+// device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
+// share of these. Keys that padding hides, or that lie outside the view, are not read: zeros stand
+// in for them.
+//
+// Limits: rows aligned to 16 bytes, values as wide as keys, at most kMostTiles key tiles.
+#include <cuda_runtime.h>
+
+#include "fragments.cuh"
+#include "launch.cuh"
+#include "problem.h"
+#include "scores.cuh"
+#include "sm80_ptx.cuh"
+
+namespace stof {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kQueries = 16;
+constexpr int kMapWords = 512, kMostTiles = 32 * kMapWords;
+constexpr int kListed = 128;  // tiles listed at a time
+constexpr int kMostSplits = 256;
+
+struct Call {
+  Problem p;
+  ScoreMap map;
+  float scale;  // of scores, whose exponentials are to base 2
+  int pack, takes;  // heads of a block, blocks that divide their rows
+};
+
+template <typename T, int D, int RowWarps, int Stages>
+struct Shared {
+  static constexpr int kGroups = kWarps / RowWarps, kKeys = kTile / kGroups;
+  // Odd in units of 16 bytes: 8 rows at one column lie in different banks.
+  static constexpr int kPitch = D + 8;
+
+  T ring[kGroups][Stages][2][kKeys][kPitch];
+  uint64_t words[kGroups][Stages][kQueries];  // what each query sees of a tile
+  uint64_t seen[kListed];                     // the keys of a tile that are there and no padding
+  int32_t tile[kListed], content[2][kListed];
+  uint32_t held[kMapWords];   // bit t: tile first_tile + t is held
+  int32_t before[kMapWords];  // tiles held before each word
+  int32_t sums[kWarps];
+  float4 part_ml[kWarps][32];  // m and l of a lane's two rows
+};
+
+// The part of the mask that a block's rows see.
+struct View {
+  int64_t row, col;     // of query 0 and key 0 in the stored mask
+  int first_tile, tiles;  // stored tiles that the view's keys lie in
+  int begin[2], end[2];   // runs of its first tile row and of the next
+  int tile_row;
+};
+
+__device__ __forceinline__ View find_view(const Problem& p, int pattern, int first_query, int last_query) {
+  View v = {};
+  v.tiles = (int)((p.kv_len + kTile - 1) / kTile);
+  const Mask& mask = p.mask;
+  if (!mask.row_ptr) return v;
+  v.row = p.row_start ? *p.row_start : mask.row_start;
+  v.col = p.col_start ? *p.col_start : mask.col_start;
+  v.first_tile = (int)(v.col >> 6);
+  v.tiles = (int)((v.col + p.kv_len - 1) >> 6) - v.first_tile + 1;
+  v.tile_row = (int)((v.row + first_query) >> 6);
+  const int rows = (int)((v.row + last_query) >> 6) - v.tile_row + 1;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int64_t at = v.tile_row + i;
+    if (i >= rows || at < 0 || at >= mask.tile_rows) continue;
+    const int32_t* entry = mask.row_ptr + pattern * (mask.tile_rows + 1) + at;
+    v.begin[i] = entry[0];
+    v.end[i] = entry[1];
+  }
+  return v;
+}
+
+// Calls f(first tile, tiles, content, lane, lanes) for the runs of a tile row: once by a lane of its own
+// where a run is a single tile, by all lanes of a warp where it is longer. Tiles count from first_tile.
+template <typename F>
+__device__ __forceinline__ void for_runs(const Mask& mask, const View& v, int begin, int end, F f) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = begin + 32 * warp; i < end; i += kThreads) {
+    int first = 0, last = 0, content = kEmpty;
+    if (i + lane < end) {
+      first = mask.run_col[i + lane] - v.first_tile;
+      last = min(first + mask.run_len[i + lane], v.tiles);
+      first = max(first, 0);
+      content = mask.run_bits[i + lane];
+    }
+    if (last - first == 1) f(first, 1, content, 0, 1);
+    for (uint32_t rest = __ballot_sync(~0u, last - first > 1); rest; rest &= rest - 1) {
+      const int from = __ffs(rest) - 1;
+      const int start = __shfl_sync(~0u, first, from), end = __shfl_sync(~0u, last, from);
+      f(start, end - start, __shfl_sync(~0u, content, from), lane, 32);
+    }
+  }
+}
+
+// Marks the tiles that the view's rows hold, and returns how many they are.
+template <typename S>
+__device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v) {
+  const int thread = threadIdx.x, words = (v.tiles + 31) / 32;
+  for (int w = thread; w < words; w += kThreads) s.held[w] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    for_runs(mask, v, v.begin[i], v.end[i], [&](int first, int n, int, int lane, int lanes) {
+      for (int w = first / 32 + lane; w <= (first + n - 1) / 32; w += lanes) {
+        const int low = max(first - 32 * w, 0), high = min(first + n - 32 * w, 32);
+        atomicOr(&s.held[w], (~0u >> (32 - (high - low))) << low);
+      }
+    });
+  __syncthreads();
+  constexpr int kOwn = kMapWords / kThreads;
+  int count[kOwn], sum = 0;
+  for (int i = 0; i < kOwn; ++i) {
+    const int w = thread * kOwn + i;
+    count[i] = sum;
+    sum += w < words ? __popc(s.held[w]) : 0;
+  }
+  int upto = sum;
+  for (int far = 1; far < 32; far *= 2) {
+    const int other = __shfl_up_sync(~0u, upto, far);
+    if (thread % 32 >= far) upto += other;
+  }
+  if (thread % 32 == 31) s.sums[thread / 32] = upto;
+  __syncthreads();
+  int total = 0, base = upto - sum;
+  for (int w = 0; w < kWarps; ++w) {
+    base += w < thread / 32 ? s.sums[w] : 0;
+    total += s.sums[w];
+  }
+  for (int i = 0; i < kOwn; ++i) s.before[thread * kOwn + i] = base + count[i];
+  return total;
+}
+
+// Lists the held tiles begin .. end - 1, at most kListed of them.
+template <typename S>
+__device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v, int batch, int begin, int end) {
+  const int thread = threadIdx.x;
+  const bool masked = p.mask.row_ptr;
+  __syncthreads();
+  if (masked) {
+    for (int e = thread; e < kListed; e += kThreads) s.content[0][e] = s.content[1][e] = kEmpty;
+    for (int w = thread; w < (v.tiles + 31) / 32; w += kThreads) {
+      int rank = s.before[w] - begin;
+      for (uint32_t rest = s.held[w]; rest; rest &= rest - 1, ++rank)
+        if (rank >= 0 && rank < end - begin) s.tile[rank] = v.first_tile + 32 * w + __ffs(rest) - 1;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      for_runs(p.mask, v, v.begin[i], v.end[i], [&](int first, int n, int content, int lane, int lanes) {
+        const int rank = s.before[first / 32] + __popc(s.held[first / 32] & ((1u << first % 32) - 1)) - begin;
+        for (int e = max(rank, 0) + lane; e < min(rank + n, end - begin); e += lanes) s.content[i][e] = content;
+      });
+  }
+  for (int e = thread; e < end - begin; e += kThreads) {
+    if (!masked) {
+      s.tile[e] = begin + e;
+      s.content[0][e] = kFull;
+    }
+    const int64_t key = (int64_t)s.tile[e] * kTile - v.col;
+    uint64_t seen = ~0ull;
+    if (key < 0) seen = seen << -key;
+    if (key + kTile > p.kv_len) seen &= ~0ull >> (key + kTile - p.kv_len);
+    if (p.kv_valid) {
+      const uint64_t* valid = p.kv_valid + batch * p.valid_batch;
+      // The tile's keys may lie in two words.
+      const int64_t w = key >> 6, words = (p.kv_len + kTile - 1) / kTile;
+      const int shift = (int)(key & 63);
+      uint64_t x = w >= 0 ? valid[w] >> shift : 0;
+      if (shift && w + 1 < words) x |= valid[w + 1] << (64 - shift);
+      seen &= x;
+    }
+    s.seen[e] = seen;
+  }
+  __syncthreads();
+}
+
+// Copies the rows that `seen` shows, zeros for the others; called by Lanes threads.
+template <int D, int Rows, int Lanes, typename T, int Pitch>
+__device__ __forceinline__ void copy_rows(T (*to)[Pitch], const T* from, int64_t stride, uint64_t seen, int lane) {
+  constexpr int kChunks = D / 8;
+  if constexpr (Lanes % kChunks == 0) {
+    constexpr int kAtOnce = Lanes / kChunks;
+    const int chunk = lane % kChunks * 8, row = lane / kChunks;
+    uint32_t place = shared_address(&to[row][chunk]);
+    from += row * stride + chunk;
+    seen >>= row;
+#pragma unroll
+    for (int i = 0; i < Rows / kAtOnce; ++i) {
+      copy_async(place, from, seen & 1);
+      place += kAtOnce * Pitch * sizeof(T);
+      from += kAtOnce * stride;
+      seen >>= kAtOnce % 64;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Rows * kChunks / Lanes; ++i) {
+      const int index = lane + i * Lanes, row = index / kChunks, chunk = index % kChunks * 8;
+      copy_async(shared_address(&to[row][chunk]), from + row * stride + chunk, seen >> row & 1);
+    }
+  }
+}
+
+// Adds the bias of the keys that the bits show, 8 a group from key `first` on. at: the lane's rows of
+// [Sq, H].
+template <typename B, int N>
+__device__ __forceinline__ void add_bias(float (&x)[N], const ScoreMap& map, int batch, const int (&at)[2], int heads,
+                                         int64_t first, uint32_t bits) {
+  const B* row[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r)
+    row[r] = static_cast<const B*>(map.bias) + batch * map.bias_batch + at[r] % heads * map.bias_head +
+             at[r] / heads * map.bias_row;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const int64_t key = first + i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2;
+    if (at[i / 2 % 2] >= 0 && (bits >> i & 1)) x[i] += kLog2e * (float)row[i / 2 % 2][key * map.bias_col];
+  }
+}
+
+// A row's sum and the reference of its exponentials become its logarithm; returns the factor that its
+// output takes. sink: a logit that takes part, or null.
+__device__ __forceinline__ float finish_row(float& top, float total, const float* sink) {
+  float mine = 1;
+  if (sink) {
+    const float logit = *sink * kLog2e, base = fmaxf(top, logit);
+    mine = exp2_fast(top - base);
+    total = total * mine + exp2_fast(logit - base);
+    top = base;
+  }
+  top = total > 0 ? (top + __log2f(total)) * kLn2 : -INFINITY;
+  return total > 0 ? __fdividef(mine, total) : 0.f;
+}
+
+template <typename T, int D, int RowWarps, bool General, int Stages>
+__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ Call call) {
+  using S = Shared<T, D, RowWarps, Stages>;
+  constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kLanes = 32 * RowWarps;
+  extern __shared__ __align__(16) unsigned char memory[];
+  S& s = *reinterpret_cast<S*>(memory);
+  const Problem& p = call.p;
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int group = warp / RowWarps, row_warp = warp % RowWarps, group_lane = thread % kLanes;
+  const int split = blockIdx.x, take = blockIdx.y % call.takes, first_head = blockIdx.y / call.takes * call.pack;
+  const int batch = blockIdx.z, kv_head = first_head / (int)(p.heads / p.kv_heads);
+  const int rows = (int)p.q_len * call.pack, first_row = take * 16 * RowWarps;
+  const int first_query = first_row / call.pack, last_query = (min(first_row + 16 * RowWarps, rows) - 1) / call.pack;
+
+  await_kernels_before();
+  launch_next_kernel();
+  // Rows of a lane: where they lie in [Sq, H], and which of the block's queries they are of.
+  int at[2], query[2];
+  uint32_t q[D / 16][4];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = first_row + row_warp * 16 + lane / 4 + 8 * r;
+    const bool there = row < rows;
+    const int own = there ? row / call.pack : first_query, head = first_head + row - own * call.pack;
+    at[r] = there ? own * (int)p.heads + head : -1;
+    query[r] = own - first_query;
+    const T* from = static_cast<const T*>(p.query) + batch * p.q.batch + head * p.q.head + own * p.q.row + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) {
+      q[i][r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i) : 0;
+      q[i][2 + r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i + 8) : 0;
+    }
+  }
+  const int pattern =
+      p.plan.pattern_id ? p.plan.pattern_id[batch * p.plan.pattern_batch + first_head * p.plan.pattern_head] : 0;
+  const View view = find_view(p, pattern, first_query, last_query);
+  const int count = p.mask.row_ptr ? mark_tiles(s, p.mask, view) : view.tiles;
+  const int begin = (int)((int64_t)count * split / p.splits), end = (int)((int64_t)count * (split + 1) / p.splits);
+
+  const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
+  const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
+  // The row of the stored mask that a lane fetches words for.
+  const int64_t word_row = view.row + first_query + group_lane;
+  const int word_list = (int)(word_row >> 6) - view.tile_row;
+
+  auto issue = [&](int e, int slot) {
+    const uint64_t seen = s.seen[e] >> (kKeys * group);
+    const int64_t first = (int64_t)s.tile[e] * kTile - view.col + kKeys * group;
+    copy_rows<D, kKeys, kLanes>(s.ring[group][slot][0], keys + first * p.k.row, p.k.row, seen, group_lane);
+    copy_rows<D, kKeys, kLanes>(s.ring[group][slot][1], values + first * p.v.row, p.v.row, seen, group_lane);
+    if (group_lane <= last_query - first_query) {
+      const int content = s.content[word_list][e];
+      uint64_t* to = &s.words[group][slot][group_lane];
+      if (content >= 0)
+        copy_word_async(shared_address(to), p.mask.tile_bits + (int64_t)content * kTile + word_row % kTile);
+      else
+        *to = content == kFull ? ~0ull : 0;
+    }
+  };
+  auto wait_for_group = [&] {
+    if (RowWarps == 1)
+      __syncwarp();
+    else
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kLanes) : "memory");
+  };
+
+  Softmax softmax;
+  float o[D / 2];
+#pragma unroll
+  for (int i = 0; i < D / 2; ++i) o[i] = 0;
+  const float slack = 8 / call.scale;
+
+  // Keys of a step at a time: large heads leave few registers for scores.
+  constexpr int kParts = D > 128 ? 1 : kSteps;
+  auto compute = [&](int e, int slot, int start) {
+    const T(*k)[S::kPitch] = s.ring[group][slot][0] + start;
+    const T(*v)[S::kPitch] = s.ring[group][slot][1] + start;
+    const int own = kKeys * group + start;
+    float x[8 * kParts];
+#pragma unroll
+    for (int i = 0; i < 8 * kParts; ++i) x[i] = 0;
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+#pragma unroll
+      for (int j = 0; j < kParts; ++j) {
+        uint32_t b[4];
+        load_matrices(b, shared_address(&k[16 * j + lane / 16 * 8 + lane % 8][16 * i + lane / 8 % 2 * 8]));
+        multiply_add<T>(x + 8 * j, q[i], b[0], b[1]);
+        multiply_add<T>(x + 8 * j + 4, q[i], b[2], b[3]);
+      }
+    if constexpr (General) map_scores(x, call.map);
+    uint32_t word = 0;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const uint64_t bits = (s.words[group][slot][query[r]] & s.seen[e]) >> (own + lane % 4 * 2);
+#pragma unroll
+      for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(bits >> (i / 4 * 8 + i % 2) & 1) << i;
+    }
+    if constexpr (General) {
+      if (call.map.bias) {
+        const int64_t first = (int64_t)s.tile[e] * kTile - view.col + own;
+        if (call.map.bias_dtype == kFloat32)
+          add_bias<float>(x, call.map, batch, at, (int)p.heads, first, word);
+        else if (call.map.bias_dtype == kFloat16)
+          add_bias<__half>(x, call.map, batch, at, (int)p.heads, first, word);
+        else
+          add_bias<__nv_bfloat16>(x, call.map, batch, at, (int)p.heads, first, word);
+      }
+    }
+    apply_bits(x, word);
+    float factor[2];
+    if (softmax.update(x, call.scale, slack, factor)) scale_rows(o, factor);
+    softmax.weigh<T>(x, call.scale);
+#pragma unroll
+    for (int j = 0; j < kParts; ++j) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = pack<T>(x[8 * j + 2 * i], x[8 * j + 2 * i + 1]);
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i) {
+        uint32_t b[4];
+        load_transposed(b, shared_address(&v[16 * j + lane / 8 % 2 * 8 + lane % 8][16 * i + lane / 16 * 8]));
+        multiply_add<T>(o + 8 * i, a, b[0], b[1]);
+        multiply_add<T>(o + 8 * i + 4, a, b[2], b[3]);
+      }
+    }
+  };
+
+  for (int listed = begin; listed < end; listed += kListed) {
+    const int n = min(end - listed, kListed);
+    list_tiles(s, p, view, batch, listed, listed + n);
+#pragma unroll
+    for (int i = 0; i < Stages - 1; ++i) {
+      if (i < n) issue(i, i);
+      commit_copies();
+    }
+    int slot = 0, ahead = Stages - 1;
+    for (int e = 0; e < n; ++e) {
+      wait_copies<Stages - 2>();
+      wait_for_group();
+      if (e + Stages - 1 < n) issue(e + Stages - 1, ahead);
+      commit_copies();
+      for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start);
+      slot = slot == Stages - 1 ? 0 : slot + 1;
+      ahead = ahead == Stages - 1 ? 0 : ahead + 1;
+    }
+  }
+
+  // The groups' results become one, each group combining a share of the columns.
+  constexpr int kGroups = S::kGroups;
+  __syncthreads();
+  float4* part = reinterpret_cast<float4*>(s.ring);  // [kWarps][D / 8][32]
+  if constexpr (kGroups > 1) {
+    static_assert(sizeof(s.ring) >= kThreads * D / 8 * sizeof(float4));
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j)
+      part[(warp * (D / 8) + j) * 32 + lane] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+    s.part_ml[warp][lane] = make_float4(softmax.m[0], softmax.m[1], softmax.l[0], softmax.l[1]);
+    __syncthreads();
+  }
+  float top[2], total[2], weight[kGroups][2];
+  if constexpr (kGroups > 1) {
+    float4 ml[kGroups];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) ml[g] = s.part_ml[g * RowWarps + row_warp][lane];
+    top[0] = ml[0].x, top[1] = ml[0].y, total[0] = total[1] = 0;
+#pragma unroll
+    for (int g = 1; g < kGroups; ++g) top[0] = fmaxf(top[0], ml[g].x), top[1] = fmaxf(top[1], ml[g].y);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+      weight[g][0] = top[0] == -INFINITY ? 0.f : exp2_fast((ml[g].x - top[0]) * call.scale);
+      weight[g][1] = top[1] == -INFINITY ? 0.f : exp2_fast((ml[g].y - top[1]) * call.scale);
+      total[0] += weight[g][0] * ml[g].z;
+      total[1] += weight[g][1] * ml[g].w;
+    }
+  } else {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) top[r] = softmax.m[r], total[r] = softmax.l[r], weight[0][r] = 1;
+  }
+  const int64_t all_rows = (int64_t)p.batch * p.q_len * p.heads, base = (int64_t)batch * p.q_len * p.heads;
+  float* part_ml = p.workspace + all_rows * p.splits * D;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] *= call.scale;
+    if (at[r] < 0) continue;
+    const int64_t own = (base + at[r]) * p.splits + split;
+    if (p.splits > 1) {
+      if (group == 0 && lane % 4 == 0) reinterpret_cast<float2*>(part_ml)[own] = make_float2(top[r], total[r]);
+      continue;
+    }
+    const int head = at[r] % (int)p.heads, own_query = at[r] / (int)p.heads;
+    const float factor = finish_row(top[r], total[r], p.sinks ? p.sinks + head : nullptr);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) weight[g][r] *= factor;
+    if (group == 0 && lane % 4 == 0) p.lse[((int64_t)batch * p.heads + head) * p.q_len + own_query] = top[r];
+  }
+#pragma unroll
+  for (int i = 0; i < D / 8; ++i) {
+    if (i % kGroups != group) continue;
+    float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+    if constexpr (kGroups > 1) {
+      sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const float4 x = part[((g * RowWarps + row_warp) * (D / 8) + i) * 32 + lane];
+        sum.x += weight[g][0] * x.x, sum.y += weight[g][0] * x.y;
+        sum.z += weight[g][1] * x.z, sum.w += weight[g][1] * x.w;
+      }
+    } else {
+      sum.x *= weight[0][0], sum.y *= weight[0][0], sum.z *= weight[0][1], sum.w *= weight[0][1];
+    }
+    const float2 of_row[2] = {make_float2(sum.x, sum.y), make_float2(sum.z, sum.w)};
+    const int column = 8 * i + lane % 4 * 2;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (at[r] < 0) continue;
+      if (p.splits > 1)
+        *reinterpret_cast<float2*>(p.workspace + ((base + at[r]) * p.splits + split) * D + column) = of_row[r];
+      else
+        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (base + at[r]) * D + column) =
+            pack<T>(of_row[r].x, of_row[r].y);
+    }
+  }
+}
+
+// Combines what the splits found, a block for each row of [B, Sq, H].
+template <typename T, int D>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Call call) {
+  constexpr int kPairs = (D + 63) / 64;  // a lane's pairs of columns, 64 columns apart
+  __shared__ float weights[kWarps][kMostSplits], parts[kWarps][D];
+  const Problem& p = call.p;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, splits = (int)p.splits;
+  const int64_t row = blockIdx.x;
+  const int head = (int)(row % p.heads);
+  const float* part = p.workspace + row * splits * D;
+  const float2* ml =
+      reinterpret_cast<const float2*>(p.workspace + p.batch * p.q_len * p.heads * splits * D) + row * splits;
+  await_kernels_before();
+  float top = -INFINITY, total = 0;
+  for (int i = lane; i < splits; i += 32) top = fmaxf(top, ml[i].x);
+#pragma unroll
+  for (int far = 16; far > 0; far /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, far));
+  for (int i = lane; i < splits; i += 32) {
+    const float2 own = ml[i];
+    const float weight = top == -INFINITY ? 0.f : exp2_fast(own.x - top);
+    weights[warp][i] = weight;
+    total += weight * own.y;
+  }
+#pragma unroll
+  for (int far = 16; far > 0; far /= 2) total += __shfl_xor_sync(~0u, total, far);
+  __syncwarp();
+  float2 sum[kPairs] = {};
+#pragma unroll 8
+  for (int i = warp; i < splits; i += kWarps) {
+    const float weight = weights[warp][i];
+#pragma unroll
+    for (int j = 0; j < kPairs; ++j) {
+      const int column = 64 * j + 2 * lane;
+      if (column >= D) continue;
+      const float2 x = *reinterpret_cast<const float2*>(part + (int64_t)i * D + column);
+      sum[j].x += weight * x.x;
+      sum[j].y += weight * x.y;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kPairs; ++j)
+    if (64 * j + 2 * lane < D) *reinterpret_cast<float2*>(&parts[warp][64 * j + 2 * lane]) = sum[j];
+  __syncthreads();
+  const float factor = finish_row(top, total, p.sinks ? p.sinks + head : nullptr);
+  if (threadIdx.x == 0) {
+    const int64_t query = row / p.heads % p.q_len, batch = row / p.heads / p.q_len;
+    p.lse[(batch * p.heads + head) * p.q_len + query] = top;
+  }
+  for (int i = threadIdx.x; i < D / 2; i += kThreads) {
+    float2 x = make_float2(0, 0);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) x.x += parts[w][2 * i], x.y += parts[w][2 * i + 1];
+    reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + row * D)[i] = pack<T>(x.x * factor, x.y * factor);
+  }
+}
+
+template <typename T, int D, int RowWarps, bool General, int Stages>
+const char* launch(Call& call, cudaStream_t stream) {
+  using S = Shared<T, D, RowWarps, Stages>;
+  static Launcher launcher, merger;
+  const Problem& p = call.p;
+  const auto kernel = decode_kernel<T, D, RowWarps, General, Stages>;
+  cudaError_t error = launcher.prepare(kernel, p.device, (int)sizeof(S));
+  if (error == cudaSuccess) error = merger.prepare(merge_kernel<T, D>, p.device, 0);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
+  call.takes = (int)((p.q_len * call.pack + 16 * RowWarps - 1) / (16 * RowWarps));
+  const dim3 grid((unsigned)p.splits, (unsigned)(call.takes * p.heads / call.pack), (unsigned)p.batch);
+  error = launcher.launch(kernel, grid, kThreads, (int)sizeof(S), stream, call);
+  if (error == cudaSuccess && p.splits > 1)
+    error = merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kThreads, 0, stream, call);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+template <typename T, int D, int RowWarps, bool General>
+const char* launch(Call& call, cudaStream_t stream) {
+  constexpr int kStages = D <= 64 ? 4 : 3;
+  if constexpr (sizeof(Shared<T, D, RowWarps, kStages>) > (99 << 10)) {
+    int most = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)call.p.device);
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+    if (most < (int)sizeof(Shared<T, D, RowWarps, kStages>)) return launch<T, D, RowWarps, General, 2>(call, stream);
+  }
+  return launch<T, D, RowWarps, General, kStages>(call, stream);
+}
+
+template <typename T, int D>
+const char* run(const Problem& p, cudaStream_t stream) {
+  if (p.q_len > kQueries || p.splits > kMostSplits || p.kv_len > (kMostTiles - 1) * (int64_t)kTile)
+    return "the decode kernel takes at most 16 queries, 256 splits and 1,048,512 keys";
+  const int group = (int)(p.heads / p.kv_heads);
+  Call call = {p, ScoreMap(p), (float)(p.scale * kLog2e), p.plan.pattern_head ? 1 : group, 0};
+  // Running maxima are kept of unscaled scores: a scale must not make differences of them vanish.
+  const bool general = p.softcap != 0 || p.bias || !(p.scale > 1e-30);
+  if (general) call.scale = 1;
+  const int64_t rows = p.q_len * call.pack;
+  if (rows <= 16) return general ? launch<T, D, 1, true>(call, stream) : launch<T, D, 1, false>(call, stream);
+  if (rows <= 32) return general ? launch<T, D, 2, true>(call, stream) : launch<T, D, 2, false>(call, stream);
+  return general ? launch<T, D, 4, true>(call, stream) : launch<T, D, 4, false>(call, stream);
+}
+
+}  // namespace
+}  // namespace stof
+
+extern "C" const char* stof_run(const stof::Problem* problem, void* stream) {
+  return stof::run<STOF_DTYPE, STOF_HEAD_DIM>(*problem, static_cast<cudaStream_t>(stream));
+}
+
+extern "C" int64_t stof_problem_bytes() { return sizeof(stof::Problem); }

@@ -6,8 +6,7 @@
 // keys, with 64 rows all work on the same 64. Blocks divide the tiles of a row between them
 // (Problem::splits); a second kernel combines what they found, in fixed order.
 //
-// Pipeline: cp.async rings of tiles, one for each group of warps that share keys, so that groups
-// never wait for each other. Products are mma.sync.
+// Pipeline: a cp.async ring of tiles. Products are mma.sync.
 //
 // Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
 // device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
@@ -22,6 +21,10 @@
 #include "problem.h"
 #include "scores.cuh"
 #include "sm80_ptx.cuh"
+
+#ifndef STOF_STAGES
+#define STOF_STAGES (STOF_HEAD_DIM <= 64 ? 4 : 3)
+#endif
 
 namespace stof {
 namespace {
@@ -44,8 +47,8 @@ struct Shared {
   // Odd in units of 16 bytes: 8 rows at one column lie in different banks.
   static constexpr int kPitch = D + 8;
 
-  T ring[kGroups][Stages][2][kKeys][kPitch];
-  uint64_t words[kGroups][Stages][kQueries];  // what each query sees of a tile
+  T ring[Stages][2][kTile][kPitch];
+  uint64_t words[Stages][kQueries];  // what each query sees of a tile
   uint64_t seen[kListed];                     // the keys of a tile that are there and no padding
   int32_t tile[kListed], content[2][kListed];
   uint32_t held[kMapWords];   // bit t: tile first_tile + t is held
@@ -188,27 +191,27 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   __syncthreads();
 }
 
-// Copies the rows that `seen` shows, zeros for the others; called by Lanes threads.
-template <int D, int Rows, int Lanes, typename T, int Pitch>
-__device__ __forceinline__ void copy_rows(T (*to)[Pitch], const T* from, int64_t stride, uint64_t seen, int lane) {
+// Copies the rows of a tile that `seen` shows, zeros for the others; called by all threads.
+template <int D, typename T, int Pitch>
+__device__ __forceinline__ void copy_rows(T (*to)[Pitch], const T* from, int64_t stride, uint64_t seen) {
   constexpr int kChunks = D / 8;
-  if constexpr (Lanes % kChunks == 0) {
-    constexpr int kAtOnce = Lanes / kChunks;
-    const int chunk = lane % kChunks * 8, row = lane / kChunks;
+  if constexpr (kThreads % kChunks == 0) {
+    constexpr int kAtOnce = kThreads / kChunks;
+    const int chunk = threadIdx.x % kChunks * 8, row = threadIdx.x / kChunks;
     uint32_t place = shared_address(&to[row][chunk]);
     from += row * stride + chunk;
     seen >>= row;
 #pragma unroll
-    for (int i = 0; i < Rows / kAtOnce; ++i) {
+    for (int i = 0; i < kTile / kAtOnce; ++i) {
       copy_async(place, from, seen & 1);
       place += kAtOnce * Pitch * sizeof(T);
       from += kAtOnce * stride;
-      seen >>= kAtOnce % 64;
+      seen >>= kAtOnce;
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < Rows * kChunks / Lanes; ++i) {
-      const int index = lane + i * Lanes, row = index / kChunks, chunk = index % kChunks * 8;
+    for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
+      const int index = threadIdx.x + i * kThreads, row = index / kChunks, chunk = index % kChunks * 8;
       copy_async(shared_address(&to[row][chunk]), from + row * stride + chunk, seen >> row & 1);
     }
   }
@@ -248,12 +251,12 @@ __device__ __forceinline__ float finish_row(float& top, float total, const float
 template <typename T, int D, int RowWarps, bool General, int Stages>
 __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ Call call) {
   using S = Shared<T, D, RowWarps, Stages>;
-  constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kLanes = 32 * RowWarps;
+  constexpr int kKeys = S::kKeys, kSteps = kKeys / 16;
   extern __shared__ __align__(16) unsigned char memory[];
   S& s = *reinterpret_cast<S*>(memory);
   const Problem& p = call.p;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int group = warp / RowWarps, row_warp = warp % RowWarps, group_lane = thread % kLanes;
+  const int group = warp / RowWarps, row_warp = warp % RowWarps;
   const int split = blockIdx.x, take = blockIdx.y % call.takes, first_head = blockIdx.y / call.takes * call.pack;
   const int batch = blockIdx.z, kv_head = first_head / (int)(p.heads / p.kv_heads);
   const int rows = (int)p.q_len * call.pack, first_row = take * 16 * RowWarps;
@@ -287,28 +290,22 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
   const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
   const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
   // The row of the stored mask that a lane fetches words for.
-  const int64_t word_row = view.row + first_query + group_lane;
+  const int64_t word_row = view.row + first_query + thread;
   const int word_list = (int)(word_row >> 6) - view.tile_row;
 
   auto issue = [&](int e, int slot) {
-    const uint64_t seen = s.seen[e] >> (kKeys * group);
-    const int64_t first = (int64_t)s.tile[e] * kTile - view.col + kKeys * group;
-    copy_rows<D, kKeys, kLanes>(s.ring[group][slot][0], keys + first * p.k.row, p.k.row, seen, group_lane);
-    copy_rows<D, kKeys, kLanes>(s.ring[group][slot][1], values + first * p.v.row, p.v.row, seen, group_lane);
-    if (group_lane <= last_query - first_query) {
+    const uint64_t seen = s.seen[e];
+    const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
+    copy_rows<D>(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
+    copy_rows<D>(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
+    if (thread <= last_query - first_query) {
       const int content = s.content[word_list][e];
-      uint64_t* to = &s.words[group][slot][group_lane];
+      uint64_t* to = &s.words[slot][thread];
       if (content >= 0)
         copy_word_async(shared_address(to), p.mask.tile_bits + (int64_t)content * kTile + word_row % kTile);
       else
         *to = content == kFull ? ~0ull : 0;
     }
-  };
-  auto wait_for_group = [&] {
-    if (RowWarps == 1)
-      __syncwarp();
-    else
-      asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "n"(kLanes) : "memory");
   };
 
   Softmax softmax;
@@ -320,9 +317,9 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
   // Keys of a step at a time: large heads leave few registers for scores.
   constexpr int kParts = D > 128 ? 1 : kSteps;
   auto compute = [&](int e, int slot, int start) {
-    const T(*k)[S::kPitch] = s.ring[group][slot][0] + start;
-    const T(*v)[S::kPitch] = s.ring[group][slot][1] + start;
     const int own = kKeys * group + start;
+    const T(*k)[S::kPitch] = s.ring[slot][0] + own;
+    const T(*v)[S::kPitch] = s.ring[slot][1] + own;
     float x[8 * kParts];
 #pragma unroll
     for (int i = 0; i < 8 * kParts; ++i) x[i] = 0;
@@ -339,7 +336,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     uint32_t word = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint64_t bits = (s.words[group][slot][query[r]] & s.seen[e]) >> (own + lane % 4 * 2);
+      const uint64_t bits = (s.words[slot][query[r]] & s.seen[e]) >> (own + lane % 4 * 2);
 #pragma unroll
       for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(bits >> (i / 4 * 8 + i % 2) & 1) << i;
     }
@@ -384,7 +381,7 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     int slot = 0, ahead = Stages - 1;
     for (int e = 0; e < n; ++e) {
       wait_copies<Stages - 2>();
-      wait_for_group();
+      __syncthreads();
       if (e + Stages - 1 < n) issue(e + Stages - 1, ahead);
       commit_copies();
       for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start);
@@ -393,6 +390,8 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     }
   }
 
+  softmax.l[0] = quad_sum(softmax.l[0]);
+  softmax.l[1] = quad_sum(softmax.l[1]);
   // The groups' results become one, each group combining a share of the columns.
   constexpr int kGroups = S::kGroups;
   __syncthreads();
@@ -545,7 +544,7 @@ const char* launch(Call& call, cudaStream_t stream) {
 
 template <typename T, int D, int RowWarps, bool General>
 const char* launch(Call& call, cudaStream_t stream) {
-  constexpr int kStages = D <= 64 ? 4 : 3;
+  constexpr int kStages = STOF_STAGES;
   if constexpr (sizeof(Shared<T, D, RowWarps, kStages>) > (99 << 10)) {
     int most = 0;
     const cudaError_t error =

@@ -4,9 +4,12 @@
 // Tiling: the rows of a block are those of all heads that share keys, for every query: 16, 32 or 64
 // of them, 16 to a warp. Its 4 warps divide the 64 keys of each tile: with 16 rows each takes 16
 // keys, with 64 rows all work on the same 64. Blocks divide the tiles of a row between them
-// (Problem::splits); a second kernel combines what they found, in fixed order.
+// (Problem::splits).
 //
-// Pipeline: a cp.async ring of tiles. Products are mma.sync.
+// Pipeline: a fifth warp copies tiles into a ring (cp.async, arriving at barriers), so that addresses
+// and copies never hold up the products, which are mma.sync. Where clusters exist, the blocks of a row
+// form one and combine their results in its shared memory; else, or where they are too many, a second
+// kernel does. Both in fixed order.
 //
 // Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
 // device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
@@ -29,10 +32,10 @@
 namespace stof {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kQueries = 16;
-constexpr int kMapWords = 512, kMostTiles = 32 * kMapWords;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kAll = kThreads + 32, kQueries = 16;
+constexpr int kMapWords = 4 * kAll, kMostTiles = 32 * kMapWords;
 constexpr int kListed = 128;  // tiles listed at a time
-constexpr int kMostSplits = 256;
+constexpr int kMostSplits = 256, kMostInCluster = 16;
 
 struct Call {
   Problem p;
@@ -43,18 +46,28 @@ struct Call {
 
 template <typename T, int D, int RowWarps, int Stages>
 struct Shared {
-  static constexpr int kGroups = kWarps / RowWarps, kKeys = kTile / kGroups;
+  static constexpr int kGroups = kWarps / RowWarps, kKeys = kTile / kGroups, kRows = 16 * RowWarps;
   // Odd in units of 16 bytes: 8 rows at one column lie in different banks.
   static constexpr int kPitch = D + 8;
 
-  T ring[Stages][2][kTile][kPitch];
-  uint64_t words[Stages][kQueries];  // what each query sees of a tile
-  uint64_t seen[kListed];                     // the keys of a tile that are there and no padding
+  struct Results {
+    float4 part[kGroups > 1 ? kWarps : 0][D / 8][32];  // of each warp, in the order of accumulators
+    float row[kRows][D];                               // of the block
+  };
+
+  union {
+    T ring[Stages][2][kTile][kPitch];
+    Results results;
+  };
+  uint64_t words[Stages][kQueries];  // what each query sees of a partial tile
+  uint64_t seen[kListed];            // the keys of a tile that are there and no padding
   int32_t tile[kListed], content[2][kListed];
-  uint32_t held[kMapWords];   // bit t: tile first_tile + t is held
+  uint32_t held[kMapWords];  // bit t: tile first_tile + t is held
   int32_t before[kMapWords];  // tiles held before each word
-  int32_t sums[kWarps];
+  int32_t sums[kWarps + 1];
   float4 part_ml[kWarps][32];  // m and l of a lane's two rows
+  float2 row_ml[kRows];
+  uint64_t full[Stages], empty[Stages];
 };
 
 // The part of the mask that a block's rows see.
@@ -92,7 +105,7 @@ __device__ __forceinline__ View find_view(const Problem& p, int pattern, int fir
 template <typename F>
 __device__ __forceinline__ void for_runs(const Mask& mask, const View& v, int begin, int end, F f) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = begin + 32 * warp; i < end; i += kThreads) {
+  for (int i = begin + 32 * warp; i < end; i += kAll) {
     int first = 0, last = 0, content = kEmpty;
     if (i + lane < end) {
       first = mask.run_col[i + lane] - v.first_tile;
@@ -113,7 +126,7 @@ __device__ __forceinline__ void for_runs(const Mask& mask, const View& v, int be
 template <typename S>
 __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v) {
   const int thread = threadIdx.x, words = (v.tiles + 31) / 32;
-  for (int w = thread; w < words; w += kThreads) s.held[w] = 0;
+  for (int w = thread; w < words; w += kAll) s.held[w] = 0;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i)
@@ -124,7 +137,7 @@ __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v)
       }
     });
   __syncthreads();
-  constexpr int kOwn = kMapWords / kThreads;
+  constexpr int kOwn = kMapWords / kAll;
   int count[kOwn], sum = 0;
   for (int i = 0; i < kOwn; ++i) {
     const int w = thread * kOwn + i;
@@ -139,7 +152,7 @@ __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v)
   if (thread % 32 == 31) s.sums[thread / 32] = upto;
   __syncthreads();
   int total = 0, base = upto - sum;
-  for (int w = 0; w < kWarps; ++w) {
+  for (int w = 0; w <= kWarps; ++w) {
     base += w < thread / 32 ? s.sums[w] : 0;
     total += s.sums[w];
   }
@@ -154,8 +167,8 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   const bool masked = p.mask.row_ptr;
   __syncthreads();
   if (masked) {
-    for (int e = thread; e < kListed; e += kThreads) s.content[0][e] = s.content[1][e] = kEmpty;
-    for (int w = thread; w < (v.tiles + 31) / 32; w += kThreads) {
+    for (int e = thread; e < kListed; e += kAll) s.content[0][e] = s.content[1][e] = kEmpty;
+    for (int w = thread; w < (v.tiles + 31) / 32; w += kAll) {
       int rank = s.before[w] - begin;
       for (uint32_t rest = s.held[w]; rest; rest &= rest - 1, ++rank)
         if (rank >= 0 && rank < end - begin) s.tile[rank] = v.first_tile + 32 * w + __ffs(rest) - 1;
@@ -168,7 +181,7 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
         for (int e = max(rank, 0) + lane; e < min(rank + n, end - begin); e += lanes) s.content[i][e] = content;
       });
   }
-  for (int e = thread; e < end - begin; e += kThreads) {
+  for (int e = thread; e < end - begin; e += kAll) {
     if (!masked) {
       s.tile[e] = begin + e;
       s.content[0][e] = kFull;
@@ -191,27 +204,24 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   __syncthreads();
 }
 
-// Copies the rows of a tile that `seen` shows, zeros for the others; called by all threads.
+// Copies the rows of a tile that `seen` shows, zeros for the others; called by a warp.
 template <int D, typename T, int Pitch>
 __device__ __forceinline__ void copy_rows(T (*to)[Pitch], const T* from, int64_t stride, uint64_t seen) {
   constexpr int kChunks = D / 8;
-  if constexpr (kThreads % kChunks == 0) {
-    constexpr int kAtOnce = kThreads / kChunks;
-    const int chunk = threadIdx.x % kChunks * 8, row = threadIdx.x / kChunks;
-    uint32_t place = shared_address(&to[row][chunk]);
+  const int lane = threadIdx.x % 32;
+  if constexpr (32 % kChunks == 0) {
+    constexpr int kAtOnce = 32 / kChunks;
+    const int chunk = lane % kChunks * 8, row = lane / kChunks;
+    const uint32_t place = shared_address(&to[row][chunk]);
     from += row * stride + chunk;
     seen >>= row;
-#pragma unroll
-    for (int i = 0; i < kTile / kAtOnce; ++i) {
-      copy_async(place, from, seen & 1);
-      place += kAtOnce * Pitch * sizeof(T);
-      from += kAtOnce * stride;
-      seen >>= kAtOnce;
-    }
+#pragma unroll 8
+    for (int i = 0; i < kTile / kAtOnce; ++i)
+      copy_async(place + i * kAtOnce * Pitch * (int)sizeof(T), from + i * kAtOnce * stride, seen >> i * kAtOnce & 1);
   } else {
-#pragma unroll
-    for (int i = 0; i < kTile * kChunks / kThreads; ++i) {
-      const int index = threadIdx.x + i * kThreads, row = index / kChunks, chunk = index % kChunks * 8;
+#pragma unroll 8
+    for (int i = 0; i < kTile * kChunks / 32; ++i) {
+      const int index = lane + i * 32, row = index / kChunks, chunk = index % kChunks * 8;
       copy_async(shared_address(&to[row][chunk]), from + row * stride + chunk, seen >> row & 1);
     }
   }
@@ -248,37 +258,116 @@ __device__ __forceinline__ float finish_row(float& top, float total, const float
   return total > 0 ? __fdividef(mine, total) : 0.f;
 }
 
+// The producer's part: copies the listed tiles into the ring.
+template <int D, typename T, typename S>
+__device__ __forceinline__ void produce(S& s, const Problem& p, const View& view, int batch, int kv_head,
+                                        int first_query, int queries, int n, int& slot, int& phase) {
+  constexpr int kStages = sizeof(s.full) / sizeof(s.full[0]);
+  const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
+  const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
+  // The row of the stored mask that this lane fetches words for.
+  const int lane = threadIdx.x % 32;
+  const int64_t row = view.row + first_query + lane;
+  const int list = (int)(row >> 6) - view.tile_row;
+  for (int e = 0; e < n; ++e) {
+    barrier_wait(&s.empty[slot], phase ^ 1);
+    const uint64_t seen = s.seen[e];
+    const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
+    copy_rows<D>(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
+    copy_rows<D>(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
+    if (lane < queries) {
+      const int content = s.content[list][e];
+      if (content >= 0)
+        copy_word_async(shared_address(&s.words[slot][lane]), p.mask.tile_bits + (int64_t)content * kTile + row % kTile);
+    }
+    barrier_arrive_copied(&s.full[slot]);
+    if (++slot == kStages) slot = 0, phase ^= 1;
+  }
+}
+
+// Combines what the blocks of a cluster found; each stores a share of the rows' elements.
+template <typename T, int D, typename S>
+__device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows, int first_row, int first_head,
+                                                int64_t base) {
+#if __CUDA_ARCH__ >= 900
+  const Problem& p = call.p;
+  const int splits = (int)p.splits, split = blockIdx.x;
+  cluster_sync();
+  const uint32_t of_row = shared_address(s.results.row), of_ml = shared_address(s.row_ml);
+  for (int i = threadIdx.x * splits + split; i < rows * (D / 4); i += kAll * splits) {
+    const int local = i / (D / 4), column = i % (D / 4) * 4;
+    float2 ml[kMostInCluster];
+    float4 x[kMostInCluster];
+#pragma unroll
+    for (int other = 0; other < kMostInCluster; ++other)
+      if (other < splits) {
+        ml[other] = load_cluster2(of_ml + local * (int)sizeof(float2), other);
+        x[other] = load_cluster4(of_row + (local * D + column) * (int)sizeof(float), other);
+      }
+    float top = -INFINITY, total = 0;
+#pragma unroll
+    for (int other = 0; other < kMostInCluster; ++other)
+      if (other < splits) top = fmaxf(top, ml[other].x);
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int other = 0; other < kMostInCluster; ++other)
+      if (other < splits) {
+        const float weight = top == -INFINITY ? 0.f : exp2_fast(ml[other].x - top);
+        total += weight * ml[other].y;
+        sum.x += weight * x[other].x, sum.y += weight * x[other].y;
+        sum.z += weight * x[other].z, sum.w += weight * x[other].w;
+      }
+    const int row = first_row + local, query = row / call.pack, head = first_head + row - query * call.pack;
+    const float factor = finish_row(top, total, p.sinks ? p.sinks + head : nullptr);
+    const int64_t at = base + (int64_t)query * p.heads + head;
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * D + column) =
+        make_uint2(pack<T>(sum.x * factor, sum.y * factor), pack<T>(sum.z * factor, sum.w * factor));
+    if (column == 0) p.lse[((int64_t)blockIdx.z * p.heads + head) * p.q_len + query] = top;
+  }
+  // No block may end while others read what it found.
+  cluster_sync();
+#endif
+}
+
 template <typename T, int D, int RowWarps, bool General, int Stages>
-__global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Call call) {
   using S = Shared<T, D, RowWarps, Stages>;
-  constexpr int kKeys = S::kKeys, kSteps = kKeys / 16;
+  constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kGroups = S::kGroups;
   extern __shared__ __align__(16) unsigned char memory[];
   S& s = *reinterpret_cast<S*>(memory);
   const Problem& p = call.p;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const bool producer = warp == kWarps;
   const int group = warp / RowWarps, row_warp = warp % RowWarps;
   const int split = blockIdx.x, take = blockIdx.y % call.takes, first_head = blockIdx.y / call.takes * call.pack;
   const int batch = blockIdx.z, kv_head = first_head / (int)(p.heads / p.kv_heads);
-  const int rows = (int)p.q_len * call.pack, first_row = take * 16 * RowWarps;
-  const int first_query = first_row / call.pack, last_query = (min(first_row + 16 * RowWarps, rows) - 1) / call.pack;
+  const int first_row = take * S::kRows, rows = min((int)p.q_len * call.pack - first_row, S::kRows);
+  const int first_query = first_row / call.pack, last_query = (first_row + rows - 1) / call.pack;
 
+  if (thread < Stages) {
+    barrier_init(&s.full[thread], 32);
+    barrier_init(&s.empty[thread], kWarps);
+  }
   await_kernels_before();
   launch_next_kernel();
   // Rows of a lane: where they lie in [Sq, H], and which of the block's queries they are of.
   int at[2], query[2];
   uint32_t q[D / 16][4];
+  if (!producer) {
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = first_row + row_warp * 16 + lane / 4 + 8 * r;
-    const bool there = row < rows;
-    const int own = there ? row / call.pack : first_query, head = first_head + row - own * call.pack;
-    at[r] = there ? own * (int)p.heads + head : -1;
-    query[r] = own - first_query;
-    const T* from = static_cast<const T*>(p.query) + batch * p.q.batch + head * p.q.head + own * p.q.row + lane % 4 * 2;
+    for (int r = 0; r < 2; ++r) {
+      const int local = row_warp * 16 + lane / 4 + 8 * r, row = first_row + local;
+      const bool there = local < rows;
+      const int own = there ? row / call.pack : first_query, head = first_head + row - own * call.pack;
+      at[r] = there ? own * (int)p.heads + head : -1;
+      query[r] = own - first_query;
+      const T* from =
+          static_cast<const T*>(p.query) + batch * p.q.batch + head * p.q.head + own * p.q.row + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-      q[i][r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i) : 0;
-      q[i][2 + r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i + 8) : 0;
+      for (int i = 0; i < D / 16; ++i) {
+        q[i][r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i) : 0;
+        q[i][2 + r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i + 8) : 0;
+      }
     }
   }
   const int pattern =
@@ -287,32 +376,15 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
   const int count = p.mask.row_ptr ? mark_tiles(s, p.mask, view) : view.tiles;
   const int begin = (int)((int64_t)count * split / p.splits), end = (int)((int64_t)count * (split + 1) / p.splits);
 
-  const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
-  const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
-  // The row of the stored mask that a lane fetches words for.
-  const int64_t word_row = view.row + first_query + thread;
-  const int word_list = (int)(word_row >> 6) - view.tile_row;
-
-  auto issue = [&](int e, int slot) {
-    const uint64_t seen = s.seen[e];
-    const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
-    copy_rows<D>(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
-    copy_rows<D>(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
-    if (thread <= last_query - first_query) {
-      const int content = s.content[word_list][e];
-      uint64_t* to = &s.words[slot][thread];
-      if (content >= 0)
-        copy_word_async(shared_address(to), p.mask.tile_bits + (int64_t)content * kTile + word_row % kTile);
-      else
-        *to = content == kFull ? ~0ull : 0;
-    }
-  };
-
   Softmax softmax;
   float o[D / 2];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) o[i] = 0;
   const float slack = 8 / call.scale;
+  // Which of the two lists of tiles a lane's rows are in.
+  int list[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) list[r] = producer ? 0 : (int)((view.row + first_query + query[r]) >> 6) - view.tile_row;
 
   // Keys of a step at a time: large heads leave few registers for scores.
   constexpr int kParts = D > 128 ? 1 : kSteps;
@@ -320,26 +392,32 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     const int own = kKeys * group + start;
     const T(*k)[S::kPitch] = s.ring[slot][0] + own;
     const T(*v)[S::kPitch] = s.ring[slot][1] + own;
-    float x[8 * kParts];
+    uint32_t word = 0;
 #pragma unroll
-    for (int i = 0; i < 8 * kParts; ++i) x[i] = 0;
+    for (int r = 0; r < 2; ++r) {
+      const int content = s.content[list[r]][e];
+      const uint64_t bits = (content >= 0 ? s.words[slot][query[r]] : content == kFull ? ~0ull : 0) & s.seen[e];
+      const uint64_t mine = bits >> (own + lane % 4 * 2);
+#pragma unroll
+      for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(mine >> (i / 4 * 8 + i % 2) & 1) << i;
+    }
+    // Two chains of products: each waits for the one before it.
+    float x[8 * kParts], odd[8 * kParts];
+#pragma unroll
+    for (int i = 0; i < 8 * kParts; ++i) x[i] = odd[i] = 0;
 #pragma unroll
     for (int i = 0; i < D / 16; ++i)
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
         uint32_t b[4];
         load_matrices(b, shared_address(&k[16 * j + lane / 16 * 8 + lane % 8][16 * i + lane / 8 % 2 * 8]));
-        multiply_add<T>(x + 8 * j, q[i], b[0], b[1]);
-        multiply_add<T>(x + 8 * j + 4, q[i], b[2], b[3]);
+        float* sum = kParts == 1 && i % 2 ? odd : x;
+        multiply_add<T>(sum + 8 * j, q[i], b[0], b[1]);
+        multiply_add<T>(sum + 8 * j + 4, q[i], b[2], b[3]);
       }
+#pragma unroll
+    for (int i = 0; i < 8 * kParts; ++i) x[i] += odd[i];
     if constexpr (General) map_scores(x, call.map);
-    uint32_t word = 0;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const uint64_t bits = (s.words[slot][query[r]] & s.seen[e]) >> (own + lane % 4 * 2);
-#pragma unroll
-      for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(bits >> (i / 4 * 8 + i % 2) & 1) << i;
-    }
     if constexpr (General) {
       if (call.map.bias) {
         const int64_t first = (int64_t)s.tile[e] * kTile - view.col + own;
@@ -370,103 +448,106 @@ __global__ void __launch_bounds__(kThreads) decode_kernel(const __grid_constant_
     }
   };
 
+  int slot = 0, phase = 0;
   for (int listed = begin; listed < end; listed += kListed) {
     const int n = min(end - listed, kListed);
     list_tiles(s, p, view, batch, listed, listed + n);
-#pragma unroll
-    for (int i = 0; i < Stages - 1; ++i) {
-      if (i < n) issue(i, i);
-      commit_copies();
-    }
-    int slot = 0, ahead = Stages - 1;
-    for (int e = 0; e < n; ++e) {
-      wait_copies<Stages - 2>();
-      __syncthreads();
-      if (e + Stages - 1 < n) issue(e + Stages - 1, ahead);
-      commit_copies();
-      for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start);
-      slot = slot == Stages - 1 ? 0 : slot + 1;
-      ahead = ahead == Stages - 1 ? 0 : ahead + 1;
+    if (producer) {
+      produce<D, T>(s, p, view, batch, kv_head, first_query, last_query - first_query + 1, n, slot, phase);
+    } else {
+      for (int e = 0; e < n; ++e) {
+        barrier_wait(&s.full[slot], phase);
+        for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start);
+        __syncwarp();
+        if (lane == 0) barrier_arrive(&s.empty[slot]);
+        if (++slot == Stages) slot = 0, phase ^= 1;
+      }
     }
   }
 
-  softmax.l[0] = quad_sum(softmax.l[0]);
-  softmax.l[1] = quad_sum(softmax.l[1]);
   // The groups' results become one, each group combining a share of the columns.
-  constexpr int kGroups = S::kGroups;
+  const bool clustered = blocks_of_cluster() > 1;
+  const int64_t base = (int64_t)batch * p.q_len * p.heads;
   __syncthreads();
-  float4* part = reinterpret_cast<float4*>(s.ring);  // [kWarps][D / 8][32]
   if constexpr (kGroups > 1) {
-    static_assert(sizeof(s.ring) >= kThreads * D / 8 * sizeof(float4));
+    if (!producer) {
 #pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      part[(warp * (D / 8) + j) * 32 + lane] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
-    s.part_ml[warp][lane] = make_float4(softmax.m[0], softmax.m[1], softmax.l[0], softmax.l[1]);
+      for (int j = 0; j < D / 8; ++j)
+        s.results.part[warp][j][lane] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
+      s.part_ml[warp][lane] =
+          make_float4(softmax.m[0], softmax.m[1], quad_sum(softmax.l[0]), quad_sum(softmax.l[1]));
+    }
     __syncthreads();
   }
-  float top[2], total[2], weight[kGroups][2];
-  if constexpr (kGroups > 1) {
-    float4 ml[kGroups];
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) ml[g] = s.part_ml[g * RowWarps + row_warp][lane];
-    top[0] = ml[0].x, top[1] = ml[0].y, total[0] = total[1] = 0;
-#pragma unroll
-    for (int g = 1; g < kGroups; ++g) top[0] = fmaxf(top[0], ml[g].x), top[1] = fmaxf(top[1], ml[g].y);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      weight[g][0] = top[0] == -INFINITY ? 0.f : exp2_fast((ml[g].x - top[0]) * call.scale);
-      weight[g][1] = top[1] == -INFINITY ? 0.f : exp2_fast((ml[g].y - top[1]) * call.scale);
-      total[0] += weight[g][0] * ml[g].z;
-      total[1] += weight[g][1] * ml[g].w;
-    }
-  } else {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) top[r] = softmax.m[r], total[r] = softmax.l[r], weight[0][r] = 1;
-  }
-  const int64_t all_rows = (int64_t)p.batch * p.q_len * p.heads, base = (int64_t)batch * p.q_len * p.heads;
-  float* part_ml = p.workspace + all_rows * p.splits * D;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    top[r] *= call.scale;
-    if (at[r] < 0) continue;
-    const int64_t own = (base + at[r]) * p.splits + split;
-    if (p.splits > 1) {
-      if (group == 0 && lane % 4 == 0) reinterpret_cast<float2*>(part_ml)[own] = make_float2(top[r], total[r]);
-      continue;
-    }
-    const int head = at[r] % (int)p.heads, own_query = at[r] / (int)p.heads;
-    const float factor = finish_row(top[r], total[r], p.sinks ? p.sinks + head : nullptr);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) weight[g][r] *= factor;
-    if (group == 0 && lane % 4 == 0) p.lse[((int64_t)batch * p.heads + head) * p.q_len + own_query] = top[r];
-  }
-#pragma unroll
-  for (int i = 0; i < D / 8; ++i) {
-    if (i % kGroups != group) continue;
-    float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+  if (!producer) {
+    float top[2], total[2], weight[kGroups][2];
     if constexpr (kGroups > 1) {
-      sum = make_float4(0, 0, 0, 0);
+      float4 ml[kGroups];
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) ml[g] = s.part_ml[g * RowWarps + row_warp][lane];
+      top[0] = ml[0].x, top[1] = ml[0].y, total[0] = total[1] = 0;
+#pragma unroll
+      for (int g = 1; g < kGroups; ++g) top[0] = fmaxf(top[0], ml[g].x), top[1] = fmaxf(top[1], ml[g].y);
 #pragma unroll
       for (int g = 0; g < kGroups; ++g) {
-        const float4 x = part[((g * RowWarps + row_warp) * (D / 8) + i) * 32 + lane];
-        sum.x += weight[g][0] * x.x, sum.y += weight[g][0] * x.y;
-        sum.z += weight[g][1] * x.z, sum.w += weight[g][1] * x.w;
+        weight[g][0] = top[0] == -INFINITY ? 0.f : exp2_fast((ml[g].x - top[0]) * call.scale);
+        weight[g][1] = top[1] == -INFINITY ? 0.f : exp2_fast((ml[g].y - top[1]) * call.scale);
+        total[0] += weight[g][0] * ml[g].z;
+        total[1] += weight[g][1] * ml[g].w;
       }
     } else {
-      sum.x *= weight[0][0], sum.y *= weight[0][0], sum.z *= weight[0][1], sum.w *= weight[0][1];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = softmax.m[r], total[r] = quad_sum(softmax.l[r]), weight[0][r] = 1;
     }
-    const float2 of_row[2] = {make_float2(sum.x, sum.y), make_float2(sum.z, sum.w)};
-    const int column = 8 * i + lane % 4 * 2;
+    const bool first = group == 0 && lane % 4 == 0;
+    float* part_ml = p.workspace + p.batch * p.q_len * p.heads * p.splits * D;
+    float* part[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      top[r] *= call.scale;
+      const int local = row_warp * 16 + lane / 4 + 8 * r;
+      const int64_t own = (base + at[r]) * p.splits + split;
+      part[r] = clustered ? s.results.row[local] : p.workspace + own * D;
       if (at[r] < 0) continue;
-      if (p.splits > 1)
-        *reinterpret_cast<float2*>(p.workspace + ((base + at[r]) * p.splits + split) * D + column) = of_row[r];
-      else
-        *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (base + at[r]) * D + column) =
-            pack<T>(of_row[r].x, of_row[r].y);
+      if (p.splits > 1) {
+        if (first) *(clustered ? s.row_ml + local : reinterpret_cast<float2*>(part_ml) + own) = make_float2(top[r], total[r]);
+        continue;
+      }
+      const int head = at[r] % (int)p.heads, own_query = at[r] / (int)p.heads;
+      const float factor = finish_row(top[r], total[r], p.sinks ? p.sinks + head : nullptr);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) weight[g][r] *= factor;
+      if (first) p.lse[((int64_t)batch * p.heads + head) * p.q_len + own_query] = top[r];
+    }
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      if (i % kGroups != group) continue;
+      float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
+      if constexpr (kGroups > 1) {
+        sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int g = 0; g < kGroups; ++g) {
+          const float4 x = s.results.part[g * RowWarps + row_warp][i][lane];
+          sum.x += weight[g][0] * x.x, sum.y += weight[g][0] * x.y;
+          sum.z += weight[g][1] * x.z, sum.w += weight[g][1] * x.w;
+        }
+      } else {
+        sum.x *= weight[0][0], sum.y *= weight[0][0], sum.z *= weight[0][1], sum.w *= weight[0][1];
+      }
+      const float2 of_row[2] = {make_float2(sum.x, sum.y), make_float2(sum.z, sum.w)};
+      const int column = 8 * i + lane % 4 * 2;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        if (at[r] < 0) continue;
+        if (p.splits > 1)
+          *reinterpret_cast<float2*>(part[r] + column) = of_row[r];
+        else
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (base + at[r]) * D + column) =
+              pack<T>(of_row[r].x, of_row[r].y);
+      }
     }
   }
+  if (clustered) combine_cluster<T, D>(s, call, rows, first_row, first_head, base);
 }
 
 // Combines what the splits found, a block for each row of [B, Sq, H].
@@ -536,9 +617,11 @@ const char* launch(Call& call, cudaStream_t stream) {
   if (error != cudaSuccess) return cudaGetErrorString(error);
   call.takes = (int)((p.q_len * call.pack + 16 * RowWarps - 1) / (16 * RowWarps));
   const dim3 grid((unsigned)p.splits, (unsigned)(call.takes * p.heads / call.pack), (unsigned)p.batch);
-  error = launcher.launch(kernel, grid, kThreads, (int)sizeof(S), stream, call);
-  if (error == cudaSuccess && p.splits > 1)
-    error = merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kThreads, 0, stream, call);
+  const bool clustered = p.splits > 1 && p.splits <= kMostInCluster && launcher.has_clusters();
+  error = launcher.launch(kernel, grid, kAll, (int)sizeof(S), clustered ? (int)p.splits : 1, stream, call);
+  if (error == cudaSuccess && p.splits > 1 && !clustered)
+    error =
+        merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kThreads, 0, 1, stream, call);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -6,10 +6,11 @@
 // keys, with 64 rows all work on the same 64. Blocks divide the tiles of a row between them
 // (Problem::splits).
 //
-// Pipeline: a fifth warp copies tiles into a ring (cp.async, arriving at barriers), so that addresses
-// and copies never hold up the products, which are mma.sync. Where clusters exist, the blocks of a row
-// form one and combine their results in its shared memory; else, or where they are too many, a second
-// kernel does. Both in fixed order.
+// Pipeline: two further warps copy tiles into a ring, so that addresses and copies never hold up the
+// products, which are mma.sync. From sm_90 on the copy engine does it, for head sizes of whole boxes of
+// 64 columns; else cp.async. Where clusters exist, the blocks of a row form one and combine their
+// results in its shared memory; else, or where they are too many, a second kernel does. Both in fixed
+// order.
 //
 // Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
 // device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
@@ -21,34 +22,50 @@
 
 #include "fragments.cuh"
 #include "launch.cuh"
+#include "maps.cuh"
 #include "problem.h"
 #include "scores.cuh"
 #include "sm80_ptx.cuh"
 
-#ifndef STOF_STAGES
-#define STOF_STAGES (STOF_HEAD_DIM <= 64 ? 4 : 3)
-#endif
-
 namespace stof {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kAll = kThreads + 32, kQueries = 16;
-constexpr int kMapWords = 4 * kAll, kMostTiles = 32 * kMapWords;
+constexpr int kWarps = 4, kThreads = 32 * kWarps, kProducers = 64, kAll = kThreads + kProducers, kQueries = 16;
+constexpr int kMapWords = 3 * kAll, kMostTiles = 32 * kMapWords;
+constexpr int kAlignment = 1024;  // of swizzled boxes
 constexpr int kListed = 128;  // tiles listed at a time
 constexpr int kMostSplits = 256, kMostInCluster = 16;
 
 struct Call {
+  CUtensorMap key, value;  // where the copy engine is used
   Problem p;
   ScoreMap map;
   float scale;  // of scores, whose exponentials are to base 2
   int pack, takes;  // heads of a block, blocks that divide their rows
 };
 
-template <typename T, int D, int RowWarps, int Stages>
+// A tile of keys or values in shared memory. Bulk: in boxes of 64 columns, swizzled as the copy engine
+// does it; else row by row, an odd number of units of 16 bytes apart. Either way 8 rows at one column
+// lie in different banks.
+template <typename T, int D, bool Bulk>
+struct Tile {
+  static constexpr int kPitch = Bulk ? 64 : D + 8;
+  T data[Bulk ? D / 64 : 1][kTile][kPitch];
+
+  // Where the 8 columns from 16 * i + 8 * (0 or 1) on of a row lie. row % 8 must be threadIdx.x % 8.
+  __device__ __forceinline__ uint32_t address(int row, int i, int upper) const {
+    if constexpr (!Bulk) return shared_address(&data[0][row][16 * i + 8 * upper]);
+    return shared_address(&data[i / 4][row][0]) + (((i % 4 * 2 + upper) ^ (threadIdx.x % 8)) * 16);
+  }
+  __device__ __forceinline__ T& at(int row, int column) {
+    if constexpr (!Bulk) return data[0][row][column];
+    return data[column / 64][row][(column / 8 % 8 ^ row % 8) * 8 + column % 8];
+  }
+};
+
+template <typename T, int D, int RowWarps, bool Bulk, int Stages>
 struct Shared {
   static constexpr int kGroups = kWarps / RowWarps, kKeys = kTile / kGroups, kRows = 16 * RowWarps;
-  // Odd in units of 16 bytes: 8 rows at one column lie in different banks.
-  static constexpr int kPitch = D + 8;
 
   struct Results {
     float4 part[kGroups > 1 ? kWarps : 0][D / 8][32];  // of each warp, in the order of accumulators
@@ -56,7 +73,7 @@ struct Shared {
   };
 
   union {
-    T ring[Stages][2][kTile][kPitch];
+    Tile<T, D, Bulk> ring[Stages][2];  // keys and values
     Results results;
   };
   uint64_t words[Stages][kQueries];  // what each query sees of a partial tile
@@ -64,7 +81,7 @@ struct Shared {
   int32_t tile[kListed], content[2][kListed];
   uint32_t held[kMapWords];  // bit t: tile first_tile + t is held
   int32_t before[kMapWords];  // tiles held before each word
-  int32_t sums[kWarps + 1];
+  int32_t sums[kAll / 32];
   float4 part_ml[kWarps][32];  // m and l of a lane's two rows
   float2 row_ml[kRows];
   uint64_t full[Stages], empty[Stages];
@@ -152,7 +169,7 @@ __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v)
   if (thread % 32 == 31) s.sums[thread / 32] = upto;
   __syncthreads();
   int total = 0, base = upto - sum;
-  for (int w = 0; w <= kWarps; ++w) {
+  for (int w = 0; w < kAll / 32; ++w) {
     base += w < thread / 32 ? s.sums[w] : 0;
     total += s.sums[w];
   }
@@ -204,26 +221,14 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   __syncthreads();
 }
 
-// Copies the rows of a tile that `seen` shows, zeros for the others; called by a warp.
-template <int D, typename T, int Pitch>
-__device__ __forceinline__ void copy_rows(T (*to)[Pitch], const T* from, int64_t stride, uint64_t seen) {
+// Copies the rows of a tile that `seen` shows, zeros for the others; called by all producers.
+template <typename T, int D>
+__device__ __forceinline__ void copy_rows(Tile<T, D, false>& to, const T* from, int64_t stride, uint64_t seen) {
   constexpr int kChunks = D / 8;
-  const int lane = threadIdx.x % 32;
-  if constexpr (32 % kChunks == 0) {
-    constexpr int kAtOnce = 32 / kChunks;
-    const int chunk = lane % kChunks * 8, row = lane / kChunks;
-    const uint32_t place = shared_address(&to[row][chunk]);
-    from += row * stride + chunk;
-    seen >>= row;
 #pragma unroll 8
-    for (int i = 0; i < kTile / kAtOnce; ++i)
-      copy_async(place + i * kAtOnce * Pitch * (int)sizeof(T), from + i * kAtOnce * stride, seen >> i * kAtOnce & 1);
-  } else {
-#pragma unroll 8
-    for (int i = 0; i < kTile * kChunks / 32; ++i) {
-      const int index = lane + i * 32, row = index / kChunks, chunk = index % kChunks * 8;
-      copy_async(shared_address(&to[row][chunk]), from + row * stride + chunk, seen >> row & 1);
-    }
+  for (int i = 0; i < kTile * kChunks / kProducers; ++i) {
+    const int index = threadIdx.x % kProducers + i * kProducers, row = index / kChunks, chunk = index % kChunks;
+    copy_async(shared_address(&to.at(row, 8 * chunk)), from + row * stride + 8 * chunk, seen >> row & 1);
   }
 }
 
@@ -258,31 +263,57 @@ __device__ __forceinline__ float finish_row(float& top, float total, const float
   return total > 0 ? __fdividef(mine, total) : 0.f;
 }
 
-// The producer's part: copies the listed tiles into the ring.
-template <int D, typename T, typename S>
-__device__ __forceinline__ void produce(S& s, const Problem& p, const View& view, int batch, int kv_head,
+// The producers' part: copies the listed tiles into the ring.
+template <typename T, int D, bool Bulk, typename S>
+__device__ __forceinline__ void produce(S& s, const Call& call, const View& view, int batch, int kv_head,
                                         int first_query, int queries, int n, int& slot, int& phase) {
   constexpr int kStages = sizeof(s.full) / sizeof(s.full[0]);
+  const Problem& p = call.p;
   const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
   const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
-  // The row of the stored mask that this lane fetches words for.
-  const int lane = threadIdx.x % 32;
-  const int64_t row = view.row + first_query + lane;
+  // The row of the stored mask that this thread fetches words for.
+  const int thread = threadIdx.x - kThreads;
+  const int64_t row = view.row + first_query + thread;
   const int list = (int)(row >> 6) - view.tile_row;
   for (int e = 0; e < n; ++e) {
     barrier_wait(&s.empty[slot], phase ^ 1);
     const uint64_t seen = s.seen[e];
     const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
-    copy_rows<D>(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
-    copy_rows<D>(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
-    if (lane < queries) {
+    if (thread < queries) {
       const int content = s.content[list][e];
       if (content >= 0)
-        copy_word_async(shared_address(&s.words[slot][lane]), p.mask.tile_bits + (int64_t)content * kTile + row % kTile);
+        copy_word_async(shared_address(&s.words[slot][thread]), p.mask.tile_bits + (int64_t)content * kTile + row % kTile);
+    }
+    if constexpr (Bulk) {
+#if __CUDA_ARCH__ >= 900
+      if (thread == 0) {
+        barrier_expect(&s.full[slot], (int)sizeof(s.ring[slot]));
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i)
+          load_box(s.ring[slot][0].data[i], &call.key, &s.full[slot], 64 * i, (int)first, kv_head, batch);
+#pragma unroll
+        for (int i = 0; i < D / 64; ++i)
+          load_box(s.ring[slot][1].data[i], &call.value, &s.full[slot], 64 * i, (int)first, kv_head, batch);
+      }
+#endif
+    } else {
+      copy_rows(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
+      copy_rows(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
     }
     barrier_arrive_copied(&s.full[slot]);
     if (++slot == kStages) slot = 0, phase ^= 1;
   }
+}
+
+// Makes values zero that have been copied though nobody may see them: weights of zero do not make up
+// for what is no number. Called by a warp, for the 16 values from `first` on.
+template <typename T, int D>
+__device__ __forceinline__ void clear_values(Tile<T, D, true>& values, int first, uint64_t seen) {
+  for (int i = threadIdx.x % 32; i < 16 * D / 8; i += 32) {
+    const int row = first + i / (D / 8);
+    if (!(seen >> row & 1)) *reinterpret_cast<uint4*>(&values.at(row, i % (D / 8) * 8)) = make_uint4(0, 0, 0, 0);
+  }
+  __syncwarp();
 }
 
 // Combines what the blocks of a cluster found; each stores a share of the rows' elements.
@@ -329,15 +360,15 @@ __device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows
 #endif
 }
 
-template <typename T, int D, int RowWarps, bool General, int Stages>
+template <typename T, int D, int RowWarps, bool General, bool Bulk, int Stages>
 __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Call call) {
-  using S = Shared<T, D, RowWarps, Stages>;
+  using S = Shared<T, D, RowWarps, Bulk, Stages>;
   constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kGroups = S::kGroups;
-  extern __shared__ __align__(16) unsigned char memory[];
-  S& s = *reinterpret_cast<S*>(memory);
+  extern __shared__ unsigned char memory[];
+  S& s = *reinterpret_cast<S*>(memory + (-shared_address(memory) & (kAlignment - 1)));
   const Problem& p = call.p;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const bool producer = warp == kWarps;
+  const bool producer = warp >= kWarps;
   const int group = warp / RowWarps, row_warp = warp % RowWarps;
   const int split = blockIdx.x, take = blockIdx.y % call.takes, first_head = blockIdx.y / call.takes * call.pack;
   const int batch = blockIdx.z, kv_head = first_head / (int)(p.heads / p.kv_heads);
@@ -345,8 +376,9 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
   const int first_query = first_row / call.pack, last_query = (first_row + rows - 1) / call.pack;
 
   if (thread < Stages) {
-    barrier_init(&s.full[thread], 32);
+    barrier_init(&s.full[thread], kProducers + Bulk);
     barrier_init(&s.empty[thread], kWarps);
+    if constexpr (Bulk) fence_barrier_init();
   }
   await_kernels_before();
   launch_next_kernel();
@@ -388,15 +420,20 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 
   // Keys of a step at a time: large heads leave few registers for scores.
   constexpr int kParts = D > 128 ? 1 : kSteps;
-  auto compute = [&](int e, int slot, int start) {
+  auto compute = [&](int e, int slot, int start, bool& cleared) {
     const int own = kKeys * group + start;
-    const T(*k)[S::kPitch] = s.ring[slot][0] + own;
-    const T(*v)[S::kPitch] = s.ring[slot][1] + own;
+    const auto &k = s.ring[slot][0], &v = s.ring[slot][1];
+    const uint64_t seen = s.seen[e];
+    if constexpr (Bulk)
+      if (~seen) {
+        for (int j = 0; j < kParts; ++j) clear_values(s.ring[slot][1], own + 16 * j, seen);
+        cleared = true;
+      }
     uint32_t word = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int content = s.content[list[r]][e];
-      const uint64_t bits = (content >= 0 ? s.words[slot][query[r]] : content == kFull ? ~0ull : 0) & s.seen[e];
+      const uint64_t bits = (content >= 0 ? s.words[slot][query[r]] : content == kFull ? ~0ull : 0) & seen;
       const uint64_t mine = bits >> (own + lane % 4 * 2);
 #pragma unroll
       for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(mine >> (i / 4 * 8 + i % 2) & 1) << i;
@@ -410,7 +447,7 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
         uint32_t b[4];
-        load_matrices(b, shared_address(&k[16 * j + lane / 16 * 8 + lane % 8][16 * i + lane / 8 % 2 * 8]));
+        load_matrices(b, k.address(own + 16 * j + lane / 16 * 8 + lane % 8, i, lane / 8 % 2));
         float* sum = kParts == 1 && i % 2 ? odd : x;
         multiply_add<T>(sum + 8 * j, q[i], b[0], b[1]);
         multiply_add<T>(sum + 8 * j + 4, q[i], b[2], b[3]);
@@ -441,7 +478,7 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         uint32_t b[4];
-        load_transposed(b, shared_address(&v[16 * j + lane / 8 % 2 * 8 + lane % 8][16 * i + lane / 16 * 8]));
+        load_transposed(b, v.address(own + 16 * j + lane / 8 % 2 * 8 + lane % 8, i, lane / 16));
         multiply_add<T>(o + 8 * i, a, b[0], b[1]);
         multiply_add<T>(o + 8 * i + 4, a, b[2], b[3]);
       }
@@ -453,11 +490,13 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
     const int n = min(end - listed, kListed);
     list_tiles(s, p, view, batch, listed, listed + n);
     if (producer) {
-      produce<D, T>(s, p, view, batch, kv_head, first_query, last_query - first_query + 1, n, slot, phase);
+      produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, n, slot, phase);
     } else {
       for (int e = 0; e < n; ++e) {
         barrier_wait(&s.full[slot], phase);
-        for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start);
+        bool cleared = false;
+        for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start, cleared);
+        if (Bulk && cleared) fence_async_proxy();
         __syncwarp();
         if (lane == 0) barrier_arrive(&s.empty[slot]);
         if (++slot == Stages) slot = 0, phase ^= 1;
@@ -606,44 +645,64 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
   }
 }
 
-template <typename T, int D, int RowWarps, bool General, int Stages>
+template <typename T, int D, int RowWarps, bool General, bool Bulk, int Stages>
 const char* launch(Call& call, cudaStream_t stream) {
-  using S = Shared<T, D, RowWarps, Stages>;
+  using S = Shared<T, D, RowWarps, Bulk, Stages>;
+  constexpr int kBytes = (int)sizeof(S) + kAlignment;
   static Launcher launcher, merger;
   const Problem& p = call.p;
-  const auto kernel = decode_kernel<T, D, RowWarps, General, Stages>;
-  cudaError_t error = launcher.prepare(kernel, p.device, (int)sizeof(S));
+  const auto kernel = decode_kernel<T, D, RowWarps, General, Bulk, Stages>;
+  cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
   if (error == cudaSuccess) error = merger.prepare(merge_kernel<T, D>, p.device, 0);
   if (error != cudaSuccess) return cudaGetErrorString(error);
-  call.takes = (int)((p.q_len * call.pack + 16 * RowWarps - 1) / (16 * RowWarps));
+  call.takes = (int)((p.q_len * call.pack + S::kRows - 1) / S::kRows);
   const dim3 grid((unsigned)p.splits, (unsigned)(call.takes * p.heads / call.pack), (unsigned)p.batch);
-  const bool clustered = p.splits > 1 && p.splits <= kMostInCluster && launcher.has_clusters();
-  error = launcher.launch(kernel, grid, kAll, (int)sizeof(S), clustered ? (int)p.splits : 1, stream, call);
+  const bool clustered = p.splits > 1 && p.splits <= kMostInCluster && launcher.is_hopper();
+  error = launcher.launch(kernel, grid, kAll, kBytes, clustered ? (int)p.splits : 1, stream, call);
   if (error == cudaSuccess && p.splits > 1 && !clustered)
     error =
         merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kThreads, 0, 1, stream, call);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+__global__ void probe_kernel() {}
+
+// Whether kernels of this library may use what Hopper brought.
+bool is_hopper(int64_t device) {
+  static Launcher probe;
+  probe.prepare(probe_kernel, device, 0);
+  return probe.is_hopper();
+}
+
 template <typename T, int D, int RowWarps, bool General>
 const char* launch(Call& call, cudaStream_t stream) {
-  constexpr int kStages = STOF_STAGES;
-  if constexpr (sizeof(Shared<T, D, RowWarps, kStages>) > (99 << 10)) {
+  constexpr int kDeep = D <= 64 ? 4 : 3;
+  const Problem& p = call.p;
+  if constexpr (D % 64 == 0) {
     int most = 0;
-    const cudaError_t error =
-        cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)call.p.device);
+    const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, (int)p.device);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    if (most < (int)sizeof(Shared<T, D, RowWarps, kStages>)) return launch<T, D, RowWarps, General, 2>(call, stream);
+    constexpr int kNeeded = (int)sizeof(Shared<T, D, RowWarps, true, kDeep>) + kAlignment;
+    if (most >= kNeeded && is_hopper(p.device)) {
+      const Encode encode = find_encode();
+      if (!encode) return kNoEncode;
+      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
+          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
+        return kNoMap;
+      return launch<T, D, RowWarps, General, true, kDeep>(call, stream);
+    }
   }
-  return launch<T, D, RowWarps, General, kStages>(call, stream);
+  // Two stages fit into the 99 KB of the smallest multiprocessors up to head size 128.
+  constexpr int kStages = D <= 64 ? 4 : 2;
+  return launch<T, D, RowWarps, General, false, kStages>(call, stream);
 }
 
 template <typename T, int D>
 const char* run(const Problem& p, cudaStream_t stream) {
   if (p.q_len > kQueries || p.splits > kMostSplits || p.kv_len > (kMostTiles - 1) * (int64_t)kTile)
-    return "the decode kernel takes at most 16 queries, 256 splits and 1,048,512 keys";
+    return "the decode kernel takes at most 16 queries, 256 splits and 1,000,000 keys";
   const int group = (int)(p.heads / p.kv_heads);
-  Call call = {p, ScoreMap(p), (float)(p.scale * kLog2e), p.plan.pattern_head ? 1 : group, 0};
+  Call call = {{}, {}, p, ScoreMap(p), (float)(p.scale * kLog2e), p.plan.pattern_head ? 1 : group, 0};
   // Running maxima are kept of unscaled scores: a scale must not make differences of them vanish.
   const bool general = p.softcap != 0 || p.bias || !(p.scale > 1e-30);
   if (general) call.scale = 1;

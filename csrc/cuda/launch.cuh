@@ -81,7 +81,8 @@ class Launcher {
     return cudaSuccess;
   }
 
-  bool has_clusters() const { return hopper_; }
+  // Whether the kernel may use what Hopper brought.
+  bool is_hopper() const { return hopper_; }
 
   // cluster: blocks along x that form one.
   template <typename... A>

@@ -2,15 +2,15 @@
 // of keys and values in flight.
 //
 // Tiling: the rows of a block are those of all heads that share keys, for every query: 16, 32 or 64
-// of them, 16 to a warp. Its 4 warps divide the 64 keys of each tile: with 16 rows each takes 16
-// keys, with 64 rows all work on the same 64. Blocks divide the tiles of a row between them
+// of them, 16 to a warp. Its warps, 4 to a tile of 64 keys, divide the keys of a step: with 16 rows each
+// takes 16 keys, with 64 rows four share 64. Blocks divide the tiles of a row between them
 // (Problem::splits).
 //
-// Pipeline: two further warps copy tiles into a ring, so that addresses and copies never hold up the
-// products, which are mma.sync. From sm_90 on the copy engine does it, for head sizes of whole boxes of
-// 64 columns; else cp.async. Where clusters exist, the blocks of a row form one and combine their
-// results in its shared memory; else, or where they are too many, a second kernel does. Both in fixed
-// order.
+// Pipeline: further warps copy tiles into a ring, so that addresses and copies never hold up the
+// products, which are mma.sync. From sm_90 on the copy engine does it, whole rows in one box: halves of
+// rows cost 8 % of the memory's throughput. Elsewhere, and for head sizes that fill no box, cp.async.
+// Where clusters exist, the blocks of a row form one and combine their results in its shared memory;
+// else, or where they are too many, a second kernel does. Both in fixed order.
 //
 // Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
 // device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
@@ -30,11 +30,10 @@
 namespace stof {
 namespace {
 
-constexpr int kWarps = 4, kThreads = 32 * kWarps, kProducers = 64, kAll = kThreads + kProducers, kQueries = 16;
-constexpr int kMapWords = 3 * kAll, kMostTiles = 32 * kMapWords;
+constexpr int kQueries = 16, kMapWords = 512, kMostTiles = 32 * kMapWords;
 constexpr int kAlignment = 1024;  // of swizzled boxes
 constexpr int kListed = 128;  // tiles listed at a time
-constexpr int kMostSplits = 256, kMostInCluster = 16;
+constexpr int kMostSplits = 256, kMostInCluster = 8, kMergeThreads = 128;
 
 struct Call {
   CUtensorMap key, value;  // where the copy engine is used
@@ -44,28 +43,37 @@ struct Call {
   int pack, takes;  // heads of a block, blocks that divide their rows
 };
 
-// A tile of keys or values in shared memory. Bulk: in boxes of 64 columns, swizzled as the copy engine
-// does it; else row by row, an odd number of units of 16 bytes apart. Either way 8 rows at one column
-// lie in different banks.
+// A tile of keys or values in shared memory. Bulk: in boxes of up to 128 columns, each 128 bytes of
+// which are swizzled as the copy engine does it; else row by row, an odd number of units of 16 bytes
+// apart. So that 8 rows at one column lie in different banks, or, in boxes of 128 columns, two in each.
 template <typename T, int D, bool Bulk>
 struct Tile {
-  static constexpr int kPitch = Bulk ? 64 : D + 8;
-  T data[Bulk ? D / 64 : 1][kTile][kPitch];
+  static constexpr int kBox = D < 128 ? D : 128, kPitch = Bulk ? kBox : D + 8;
+  T data[Bulk ? D / kBox : 1][kTile][kPitch];
 
-  // Where the 8 columns from 16 * i + 8 * (0 or 1) on of a row lie. row % 8 must be threadIdx.x % 8.
-  __device__ __forceinline__ uint32_t address(int row, int i, int upper) const {
-    if constexpr (!Bulk) return shared_address(&data[0][row][16 * i + 8 * upper]);
-    return shared_address(&data[i / 4][row][0]) + (((i % 4 * 2 + upper) ^ (threadIdx.x % 8)) * 16);
+  // Where the columns from 8 * half on of a row lie, and, from there, those 16 * i further on.
+  __device__ __forceinline__ uint32_t start(int row, int half) const {
+    if constexpr (!Bulk) return shared_address(&data[0][row][8 * half]);
+    return shared_address(data[0][row]) + ((half ^ row * (kBox / 64) % 8) * 16);
+  }
+  static __device__ __forceinline__ uint32_t further(uint32_t start, int i) {
+    if constexpr (!Bulk) return start + 32 * i;
+    const int chunk = 16 * i % kBox / 64;
+    return (start ^ ((2 * i % 8 ^ chunk) * 16)) + 16 * i / kBox * (int)sizeof(data[0]) + 128 * chunk;
   }
   __device__ __forceinline__ T& at(int row, int column) {
     if constexpr (!Bulk) return data[0][row][column];
-    return data[column / 64][row][(column / 8 % 8 ^ row % 8) * 8 + column % 8];
+    const int chunk = column % kBox / 64, swizzle = (row * (kBox / 64) + chunk) % 8;
+    return data[column / kBox][row][64 * chunk + (column / 8 % 8 ^ swizzle) * 8 + column % 8];
   }
 };
 
 template <typename T, int D, int RowWarps, bool Bulk, int Stages>
 struct Shared {
-  static constexpr int kGroups = kWarps / RowWarps, kKeys = kTile / kGroups, kRows = 16 * RowWarps;
+  // Without the copy engine, or with large heads, there is no room for steps of two tiles.
+  static constexpr int kWarps = Bulk && D <= 128 ? 8 : 4, kTiles = kWarps / 4, kThreads = 32 * kWarps;
+  static constexpr int kProducers = Bulk ? 32 : 64, kAll = kThreads + kProducers;
+  static constexpr int kGroups = kWarps / RowWarps, kKeys = kTiles * kTile / kGroups, kRows = 16 * RowWarps;
 
   struct Results {
     float4 part[kGroups > 1 ? kWarps : 0][D / 8][32];  // of each warp, in the order of accumulators
@@ -73,15 +81,15 @@ struct Shared {
   };
 
   union {
-    Tile<T, D, Bulk> ring[Stages][2];  // keys and values
+    Tile<T, D, Bulk> ring[Stages][kTiles][2];  // keys and values
     Results results;
   };
-  uint64_t words[Stages][kQueries];  // what each query sees of a partial tile
+  uint64_t words[Stages][kTiles][kQueries];  // what each query sees of a partial tile
   uint64_t seen[kListed];            // the keys of a tile that are there and no padding
   int32_t tile[kListed], content[2][kListed];
   uint32_t held[kMapWords];  // bit t: tile first_tile + t is held
   int32_t before[kMapWords];  // tiles held before each word
-  int32_t sums[kAll / 32];
+  int32_t sums[kMapWords / 128];
   float4 part_ml[kWarps][32];  // m and l of a lane's two rows
   float2 row_ml[kRows];
   uint64_t full[Stages], empty[Stages];
@@ -119,10 +127,10 @@ __device__ __forceinline__ View find_view(const Problem& p, int pattern, int fir
 
 // Calls f(first tile, tiles, content, lane, lanes) for the runs of a tile row: once by a lane of its own
 // where a run is a single tile, by all lanes of a warp where it is longer. Tiles count from first_tile.
-template <typename F>
+template <int Threads, typename F>
 __device__ __forceinline__ void for_runs(const Mask& mask, const View& v, int begin, int end, F f) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = begin + 32 * warp; i < end; i += kAll) {
+  for (int i = begin + 32 * warp; i < end; i += Threads) {
     int first = 0, last = 0, content = kEmpty;
     if (i + lane < end) {
       first = mask.run_col[i + lane] - v.first_tile;
@@ -143,37 +151,41 @@ __device__ __forceinline__ void for_runs(const Mask& mask, const View& v, int be
 template <typename S>
 __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v) {
   const int thread = threadIdx.x, words = (v.tiles + 31) / 32;
-  for (int w = thread; w < words; w += kAll) s.held[w] = 0;
+  for (int w = thread; w < words; w += S::kAll) s.held[w] = 0;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 2; ++i)
-    for_runs(mask, v, v.begin[i], v.end[i], [&](int first, int n, int, int lane, int lanes) {
+    for_runs<S::kAll>(mask, v, v.begin[i], v.end[i], [&](int first, int n, int, int lane, int lanes) {
       for (int w = first / 32 + lane; w <= (first + n - 1) / 32; w += lanes) {
         const int low = max(first - 32 * w, 0), high = min(first + n - 32 * w, 32);
         atomicOr(&s.held[w], (~0u >> (32 - (high - low))) << low);
       }
     });
   __syncthreads();
-  constexpr int kOwn = kMapWords / kAll;
-  int count[kOwn], sum = 0;
-  for (int i = 0; i < kOwn; ++i) {
-    const int w = thread * kOwn + i;
+  // Each thread of the first warps adds up 4 words.
+  const int own = thread * 4, warp = thread / 32;
+  int count[4], sum = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
     count[i] = sum;
-    sum += w < words ? __popc(s.held[w]) : 0;
+    sum += own + i < words ? __popc(s.held[own + i]) : 0;
   }
   int upto = sum;
   for (int far = 1; far < 32; far *= 2) {
     const int other = __shfl_up_sync(~0u, upto, far);
     if (thread % 32 >= far) upto += other;
   }
-  if (thread % 32 == 31) s.sums[thread / 32] = upto;
+  if (thread % 32 == 31 && warp < kMapWords / 128) s.sums[warp] = upto;
   __syncthreads();
   int total = 0, base = upto - sum;
-  for (int w = 0; w < kAll / 32; ++w) {
-    base += w < thread / 32 ? s.sums[w] : 0;
+#pragma unroll
+  for (int w = 0; w < kMapWords / 128; ++w) {
+    base += w < warp ? s.sums[w] : 0;
     total += s.sums[w];
   }
-  for (int i = 0; i < kOwn; ++i) s.before[thread * kOwn + i] = base + count[i];
+  if (warp < kMapWords / 128)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) s.before[own + i] = base + count[i];
   return total;
 }
 
@@ -184,8 +196,8 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   const bool masked = p.mask.row_ptr;
   __syncthreads();
   if (masked) {
-    for (int e = thread; e < kListed; e += kAll) s.content[0][e] = s.content[1][e] = kEmpty;
-    for (int w = thread; w < (v.tiles + 31) / 32; w += kAll) {
+    for (int e = thread; e < kListed; e += S::kAll) s.content[0][e] = s.content[1][e] = kEmpty;
+    for (int w = thread; w < (v.tiles + 31) / 32; w += S::kAll) {
       int rank = s.before[w] - begin;
       for (uint32_t rest = s.held[w]; rest; rest &= rest - 1, ++rank)
         if (rank >= 0 && rank < end - begin) s.tile[rank] = v.first_tile + 32 * w + __ffs(rest) - 1;
@@ -193,12 +205,12 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < 2; ++i)
-      for_runs(p.mask, v, v.begin[i], v.end[i], [&](int first, int n, int content, int lane, int lanes) {
+      for_runs<S::kAll>(p.mask, v, v.begin[i], v.end[i], [&](int first, int n, int content, int lane, int lanes) {
         const int rank = s.before[first / 32] + __popc(s.held[first / 32] & ((1u << first % 32) - 1)) - begin;
         for (int e = max(rank, 0) + lane; e < min(rank + n, end - begin); e += lanes) s.content[i][e] = content;
       });
   }
-  for (int e = thread; e < end - begin; e += kAll) {
+  for (int e = thread; e < end - begin; e += S::kAll) {
     if (!masked) {
       s.tile[e] = begin + e;
       s.content[0][e] = kFull;
@@ -221,13 +233,13 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
   __syncthreads();
 }
 
-// Copies the rows of a tile that `seen` shows, zeros for the others; called by all producers.
-template <typename T, int D>
+// Copies the rows of a tile that `seen` shows, zeros for the others; called by Threads of a block.
+template <int Threads, typename T, int D>
 __device__ __forceinline__ void copy_rows(Tile<T, D, false>& to, const T* from, int64_t stride, uint64_t seen) {
   constexpr int kChunks = D / 8;
 #pragma unroll 8
-  for (int i = 0; i < kTile * kChunks / kProducers; ++i) {
-    const int index = threadIdx.x % kProducers + i * kProducers, row = index / kChunks, chunk = index % kChunks;
+  for (int i = 0; i < kTile * kChunks / Threads; ++i) {
+    const int index = threadIdx.x % Threads + i * Threads, row = index / kChunks, chunk = index % kChunks;
     copy_async(shared_address(&to.at(row, 8 * chunk)), from + row * stride + 8 * chunk, seen >> row & 1);
   }
 }
@@ -271,34 +283,36 @@ __device__ __forceinline__ void produce(S& s, const Call& call, const View& view
   const Problem& p = call.p;
   const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
   const T* values = static_cast<const T*>(p.value) + batch * p.v.batch + kv_head * p.v.head;
-  // The row of the stored mask that this thread fetches words for.
-  const int thread = threadIdx.x - kThreads;
-  const int64_t row = view.row + first_query + thread;
+  // The query that this thread fetches words for, and of which of the step's tiles.
+  const int thread = threadIdx.x - S::kThreads, query = thread % kQueries, of = thread / kQueries;
+  const int64_t row = view.row + first_query + query;
   const int list = (int)(row >> 6) - view.tile_row;
-  for (int e = 0; e < n; ++e) {
+  for (int e = 0; e < n; e += S::kTiles) {
     barrier_wait(&s.empty[slot], phase ^ 1);
-    const uint64_t seen = s.seen[e];
-    const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
-    if (thread < queries) {
-      const int content = s.content[list][e];
+    if (query < queries && of < S::kTiles && e + of < n) {
+      const int content = s.content[list][e + of];
       if (content >= 0)
-        copy_word_async(shared_address(&s.words[slot][thread]), p.mask.tile_bits + (int64_t)content * kTile + row % kTile);
+        copy_word_async(shared_address(&s.words[slot][of][query]),
+                        p.mask.tile_bits + (int64_t)content * kTile + row % kTile);
     }
     if constexpr (Bulk) {
 #if __CUDA_ARCH__ >= 900
       if (thread == 0) {
-        barrier_expect(&s.full[slot], (int)sizeof(s.ring[slot]));
+        const int tiles = min(n - e, S::kTiles);
+        barrier_expect(&s.full[slot], tiles * (int)sizeof(s.ring[slot][0]));
 #pragma unroll
-        for (int i = 0; i < D / 64; ++i)
-          load_box(s.ring[slot][0].data[i], &call.key, &s.full[slot], 64 * i, (int)first, kv_head, batch);
+        for (int i = 0; i < 2; ++i)
+          for (int j = 0; j < tiles; ++j)
 #pragma unroll
-        for (int i = 0; i < D / 64; ++i)
-          load_box(s.ring[slot][1].data[i], &call.value, &s.full[slot], 64 * i, (int)first, kv_head, batch);
+            for (int column = 0; column < D; column += 128)
+              load_rows(s.ring[slot][j][i].data[column / 128], i ? &call.value : &call.key, &s.full[slot], column / 64,
+                        (int)((int64_t)s.tile[e + j] * kTile - view.col), kv_head, batch);
       }
 #endif
     } else {
-      copy_rows(s.ring[slot][0], keys + first * p.k.row, p.k.row, seen);
-      copy_rows(s.ring[slot][1], values + first * p.v.row, p.v.row, seen);
+      const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
+      copy_rows<S::kProducers>(s.ring[slot][0][0], keys + first * p.k.row, p.k.row, s.seen[e]);
+      copy_rows<S::kProducers>(s.ring[slot][0][1], values + first * p.v.row, p.v.row, s.seen[e]);
     }
     barrier_arrive_copied(&s.full[slot]);
     if (++slot == kStages) slot = 0, phase ^= 1;
@@ -325,7 +339,7 @@ __device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows
   const int splits = (int)p.splits, split = blockIdx.x;
   cluster_sync();
   const uint32_t of_row = shared_address(s.results.row), of_ml = shared_address(s.row_ml);
-  for (int i = threadIdx.x * splits + split; i < rows * (D / 4); i += kAll * splits) {
+  for (int i = threadIdx.x * splits + split; i < rows * (D / 4); i += S::kAll * splits) {
     const int local = i / (D / 4), column = i % (D / 4) * 4;
     float2 ml[kMostInCluster];
     float4 x[kMostInCluster];
@@ -361,14 +375,15 @@ __device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows
 }
 
 template <typename T, int D, int RowWarps, bool General, bool Bulk, int Stages>
-__global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
+    decode_kernel(const __grid_constant__ Call call) {
   using S = Shared<T, D, RowWarps, Bulk, Stages>;
   constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kGroups = S::kGroups;
   extern __shared__ unsigned char memory[];
   S& s = *reinterpret_cast<S*>(memory + (-shared_address(memory) & (kAlignment - 1)));
   const Problem& p = call.p;
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const bool producer = warp >= kWarps;
+  const bool producer = warp >= S::kWarps;
   const int group = warp / RowWarps, row_warp = warp % RowWarps;
   const int split = blockIdx.x, take = blockIdx.y % call.takes, first_head = blockIdx.y / call.takes * call.pack;
   const int batch = blockIdx.z, kv_head = first_head / (int)(p.heads / p.kv_heads);
@@ -376,12 +391,16 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
   const int first_query = first_row / call.pack, last_query = (first_row + rows - 1) / call.pack;
 
   if (thread < Stages) {
-    barrier_init(&s.full[thread], kProducers + Bulk);
-    barrier_init(&s.empty[thread], kWarps);
+    barrier_init(&s.full[thread], S::kProducers + Bulk);
+    barrier_init(&s.empty[thread], S::kWarps);
     if constexpr (Bulk) fence_barrier_init();
   }
+  if constexpr (Bulk)
+    if (thread == S::kThreads) {
+      prefetch_map(&call.key);
+      prefetch_map(&call.value);
+    }
   await_kernels_before();
-  launch_next_kernel();
   // Rows of a lane: where they lie in [Sq, H], and which of the block's queries they are of.
   int at[2], query[2];
   uint32_t q[D / 16][4];
@@ -418,22 +437,26 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 #pragma unroll
   for (int r = 0; r < 2; ++r) list[r] = producer ? 0 : (int)((view.row + first_query + query[r]) >> 6) - view.tile_row;
 
-  // Keys of a step at a time: large heads leave few registers for scores.
-  constexpr int kParts = D > 128 ? 1 : kSteps;
+  // 16 keys at a time, or as many as there are registers for.
+  constexpr int kParts = D > 128 || kSteps == 1 ? 1 : 2;
+  const int tile = group * kKeys / kTile, within = group * kKeys % kTile;
   auto compute = [&](int e, int slot, int start, bool& cleared) {
-    const int own = kKeys * group + start;
-    const auto &k = s.ring[slot][0], &v = s.ring[slot][1];
+    const int own = within + start;
+    using Ring = Tile<T, D, Bulk>;
+    const uint32_t k = s.ring[slot][tile][0].start(own + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t v = s.ring[slot][tile][1].start(own + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+    constexpr int kFar = 16 * Ring::kPitch * (int)sizeof(T);  // from 16 rows to the next
     const uint64_t seen = s.seen[e];
     if constexpr (Bulk)
       if (~seen) {
-        for (int j = 0; j < kParts; ++j) clear_values(s.ring[slot][1], own + 16 * j, seen);
+        for (int j = 0; j < kParts; ++j) clear_values(s.ring[slot][tile][1], own + 16 * j, seen);
         cleared = true;
       }
     uint32_t word = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const int content = s.content[list[r]][e];
-      const uint64_t bits = (content >= 0 ? s.words[slot][query[r]] : content == kFull ? ~0ull : 0) & seen;
+      const uint64_t bits = (content >= 0 ? s.words[slot][tile][query[r]] : content == kFull ? ~0ull : 0) & seen;
       const uint64_t mine = bits >> (own + lane % 4 * 2);
 #pragma unroll
       for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1) word |= (uint32_t)(mine >> (i / 4 * 8 + i % 2) & 1) << i;
@@ -447,7 +470,7 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 #pragma unroll
       for (int j = 0; j < kParts; ++j) {
         uint32_t b[4];
-        load_matrices(b, k.address(own + 16 * j + lane / 16 * 8 + lane % 8, i, lane / 8 % 2));
+        load_matrices(b, Ring::further(k, i) + j * kFar);
         float* sum = kParts == 1 && i % 2 ? odd : x;
         multiply_add<T>(sum + 8 * j, q[i], b[0], b[1]);
         multiply_add<T>(sum + 8 * j + 4, q[i], b[2], b[3]);
@@ -478,7 +501,7 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         uint32_t b[4];
-        load_transposed(b, v.address(own + 16 * j + lane / 8 % 2 * 8 + lane % 8, i, lane / 16));
+        load_transposed(b, Ring::further(v, i) + j * kFar);
         multiply_add<T>(o + 8 * i, a, b[0], b[1]);
         multiply_add<T>(o + 8 * i + 4, a, b[2], b[3]);
       }
@@ -492,10 +515,11 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
     if (producer) {
       produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, n, slot, phase);
     } else {
-      for (int e = 0; e < n; ++e) {
+      for (int e = tile; e < n + tile; e += S::kTiles) {
         barrier_wait(&s.full[slot], phase);
         bool cleared = false;
-        for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start, cleared);
+        if (e < n)
+          for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start, cleared);
         if (Bulk && cleared) fence_async_proxy();
         __syncwarp();
         if (lane == 0) barrier_arrive(&s.empty[slot]);
@@ -504,6 +528,7 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
     }
   }
 
+  launch_next_kernel();
   // The groups' results become one, each group combining a share of the columns.
   const bool clustered = blocks_of_cluster() > 1;
   const int64_t base = (int64_t)batch * p.q_len * p.heads;
@@ -591,7 +616,8 @@ __global__ void __launch_bounds__(kAll) decode_kernel(const __grid_constant__ Ca
 
 // Combines what the splits found, a block for each row of [B, Sq, H].
 template <typename T, int D>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__ Call call) {
+__global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_constant__ Call call) {
+  constexpr int kWarps = kMergeThreads / 32;
   constexpr int kPairs = (D + 63) / 64;  // a lane's pairs of columns, 64 columns apart
   __shared__ float weights[kWarps][kMostSplits], parts[kWarps][D];
   const Problem& p = call.p;
@@ -637,7 +663,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const __grid_constant__
     const int64_t query = row / p.heads % p.q_len, batch = row / p.heads / p.q_len;
     p.lse[(batch * p.heads + head) * p.q_len + query] = top;
   }
-  for (int i = threadIdx.x; i < D / 2; i += kThreads) {
+  for (int i = threadIdx.x; i < D / 2; i += kMergeThreads) {
     float2 x = make_float2(0, 0);
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) x.x += parts[w][2 * i], x.y += parts[w][2 * i + 1];
@@ -658,10 +684,11 @@ const char* launch(Call& call, cudaStream_t stream) {
   call.takes = (int)((p.q_len * call.pack + S::kRows - 1) / S::kRows);
   const dim3 grid((unsigned)p.splits, (unsigned)(call.takes * p.heads / call.pack), (unsigned)p.batch);
   const bool clustered = p.splits > 1 && p.splits <= kMostInCluster && launcher.is_hopper();
-  error = launcher.launch(kernel, grid, kAll, kBytes, clustered ? (int)p.splits : 1, stream, call);
+  error = launcher.launch(kernel, grid, S::kAll, kBytes, clustered ? (int)p.splits : 1, stream, call);
   if (error == cudaSuccess && p.splits > 1 && !clustered)
     error =
-        merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kThreads, 0, 1, stream, call);
+        merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.q_len * p.heads)), kMergeThreads, 0, 1, stream,
+                      call);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -676,7 +703,7 @@ bool is_hopper(int64_t device) {
 
 template <typename T, int D, int RowWarps, bool General>
 const char* launch(Call& call, cudaStream_t stream) {
-  constexpr int kDeep = D <= 64 ? 4 : 3;
+  constexpr int kDeep = D <= 64 ? 6 : 3;
   const Problem& p = call.p;
   if constexpr (D % 64 == 0) {
     int most = 0;
@@ -686,8 +713,8 @@ const char* launch(Call& call, cudaStream_t stream) {
     if (most >= kNeeded && is_hopper(p.device)) {
       const Encode encode = find_encode();
       if (!encode) return kNoEncode;
-      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
-          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
+      if (!make_rows_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
+          !make_rows_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
         return kNoMap;
       return launch<T, D, RowWarps, General, true, kDeep>(call, stream);
     }

@@ -75,9 +75,10 @@ struct Shared {
   static constexpr int kProducers = Bulk ? 32 : 64, kAll = kThreads + kProducers;
   static constexpr int kGroups = kWarps / RowWarps, kKeys = kTiles * kTile / kGroups, kRows = 16 * RowWarps;
 
+  // What the groups of warps find, and what becomes of it. Padding keeps rows in different banks.
   struct Results {
-    float4 part[kGroups > 1 ? kWarps : 0][D / 8][32];  // of each warp, in the order of accumulators
-    float row[kRows][D];                               // of the block
+    float part[kGroups][kRows][D + 8], row[kRows][D];
+    float2 part_ml[kGroups][kRows];
   };
 
   union {
@@ -90,7 +91,6 @@ struct Shared {
   uint32_t held[kMapWords];  // bit t: tile first_tile + t is held
   int32_t before[kMapWords];  // tiles held before each word
   int32_t sums[kMapWords / 128];
-  float4 part_ml[kWarps][32];  // m and l of a lane's two rows
   float2 row_ml[kRows];
   uint64_t full[Stages], empty[Stages];
 };
@@ -330,44 +330,54 @@ __device__ __forceinline__ void clear_values(Tile<T, D, true>& values, int first
   __syncwarp();
 }
 
+// Combines `parts` parts (at most Most) of four elements of a row, given what their exponentials, to base 2,
+// refer to and add up to; returns the same of all.
+template <int Most, typename M, typename F>
+__device__ __forceinline__ float4 combine_parts(int parts, float& top, float& total, M ml, F part) {
+  float2 own[Most];
+  float4 x[Most], sum = make_float4(0, 0, 0, 0);
+  top = -INFINITY, total = 0;
+#pragma unroll
+  for (int i = 0; i < Most; ++i)
+    if (i < parts) own[i] = ml(i), x[i] = part(i), top = fmaxf(top, own[i].x);
+#pragma unroll
+  for (int i = 0; i < Most; ++i)
+    if (i < parts) {
+      const float weight = top == -INFINITY ? 0.f : exp2_fast(own[i].x - top);
+      total += weight * own[i].y;
+      sum.x += weight * x[i].x, sum.y += weight * x[i].y;
+      sum.z += weight * x[i].z, sum.w += weight * x[i].w;
+    }
+  return sum;
+}
+
+// Stores four elements of a row, counted from the block's first head on, and with the first its logarithm.
+template <typename T, int D>
+__device__ __forceinline__ void store_row(const Call& call, int row, int first_head, int batch, int column, float4 x,
+                                          float top, float total) {
+  const Problem& p = call.p;
+  const int query = row / call.pack, head = first_head + row - query * call.pack;
+  const float factor = finish_row(top, total, p.sinks ? p.sinks + head : nullptr);
+  const int64_t at = ((int64_t)batch * p.q_len + query) * p.heads + head;
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * D + column) =
+      make_uint2(pack<T>(x.x * factor, x.y * factor), pack<T>(x.z * factor, x.w * factor));
+  if (column == 0) p.lse[((int64_t)batch * p.heads + head) * p.q_len + query] = top;
+}
+
 // Combines what the blocks of a cluster found; each stores a share of the rows' elements.
 template <typename T, int D, typename S>
-__device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows, int first_row, int first_head,
-                                                int64_t base) {
+__device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows, int first_row, int first_head) {
 #if __CUDA_ARCH__ >= 900
-  const Problem& p = call.p;
-  const int splits = (int)p.splits, split = blockIdx.x;
+  const int splits = (int)call.p.splits;
   cluster_sync();
   const uint32_t of_row = shared_address(s.results.row), of_ml = shared_address(s.row_ml);
-  for (int i = threadIdx.x * splits + split; i < rows * (D / 4); i += S::kAll * splits) {
+  for (int i = threadIdx.x * splits + blockIdx.x; i < rows * (D / 4); i += S::kAll * splits) {
     const int local = i / (D / 4), column = i % (D / 4) * 4;
-    float2 ml[kMostInCluster];
-    float4 x[kMostInCluster];
-#pragma unroll
-    for (int other = 0; other < kMostInCluster; ++other)
-      if (other < splits) {
-        ml[other] = load_cluster2(of_ml + local * (int)sizeof(float2), other);
-        x[other] = load_cluster4(of_row + (local * D + column) * (int)sizeof(float), other);
-      }
-    float top = -INFINITY, total = 0;
-#pragma unroll
-    for (int other = 0; other < kMostInCluster; ++other)
-      if (other < splits) top = fmaxf(top, ml[other].x);
-    float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int other = 0; other < kMostInCluster; ++other)
-      if (other < splits) {
-        const float weight = top == -INFINITY ? 0.f : exp2_fast(ml[other].x - top);
-        total += weight * ml[other].y;
-        sum.x += weight * x[other].x, sum.y += weight * x[other].y;
-        sum.z += weight * x[other].z, sum.w += weight * x[other].w;
-      }
-    const int row = first_row + local, query = row / call.pack, head = first_head + row - query * call.pack;
-    const float factor = finish_row(top, total, p.sinks ? p.sinks + head : nullptr);
-    const int64_t at = base + (int64_t)query * p.heads + head;
-    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * D + column) =
-        make_uint2(pack<T>(sum.x * factor, sum.y * factor), pack<T>(sum.z * factor, sum.w * factor));
-    if (column == 0) p.lse[((int64_t)blockIdx.z * p.heads + head) * p.q_len + query] = top;
+    float top, total;
+    const float4 sum = combine_parts<kMostInCluster>(
+        splits, top, total, [&](int other) { return load_cluster2(of_ml + local * (int)sizeof(float2), other); },
+        [&](int other) { return load_cluster4(of_row + (local * D + column) * (int)sizeof(float), other); });
+    store_row<T, D>(call, first_row + local, first_head, blockIdx.z, column, sum, top, total);
   }
   // No block may end while others read what it found.
   cluster_sync();
@@ -529,89 +539,44 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
   }
 
   launch_next_kernel();
-  // The groups' results become one, each group combining a share of the columns.
-  const bool clustered = blocks_of_cluster() > 1;
-  const int64_t base = (int64_t)batch * p.q_len * p.heads;
+  // The groups' results become one.
   __syncthreads();
-  if constexpr (kGroups > 1) {
-    if (!producer) {
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j)
-        s.results.part[warp][j][lane] = make_float4(o[4 * j], o[4 * j + 1], o[4 * j + 2], o[4 * j + 3]);
-      s.part_ml[warp][lane] =
-          make_float4(softmax.m[0], softmax.m[1], quad_sum(softmax.l[0]), quad_sum(softmax.l[1]));
-    }
-    __syncthreads();
-  }
   if (!producer) {
-    float top[2], total[2], weight[kGroups][2];
-    if constexpr (kGroups > 1) {
-      float4 ml[kGroups];
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) ml[g] = s.part_ml[g * RowWarps + row_warp][lane];
-      top[0] = ml[0].x, top[1] = ml[0].y, total[0] = total[1] = 0;
-#pragma unroll
-      for (int g = 1; g < kGroups; ++g) top[0] = fmaxf(top[0], ml[g].x), top[1] = fmaxf(top[1], ml[g].y);
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
-        weight[g][0] = top[0] == -INFINITY ? 0.f : exp2_fast((ml[g].x - top[0]) * call.scale);
-        weight[g][1] = top[1] == -INFINITY ? 0.f : exp2_fast((ml[g].y - top[1]) * call.scale);
-        total[0] += weight[g][0] * ml[g].z;
-        total[1] += weight[g][1] * ml[g].w;
-      }
-    } else {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) top[r] = softmax.m[r], total[r] = quad_sum(softmax.l[r]), weight[0][r] = 1;
-    }
-    const bool first = group == 0 && lane % 4 == 0;
-    float* part_ml = p.workspace + p.batch * p.q_len * p.heads * p.splits * D;
-    float* part[2];
+    const float l[2] = {quad_sum(softmax.l[0]), quad_sum(softmax.l[1])};
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      top[r] *= call.scale;
-      const int local = row_warp * 16 + lane / 4 + 8 * r;
-      const int64_t own = (base + at[r]) * p.splits + split;
-      part[r] = clustered ? s.results.row[local] : p.workspace + own * D;
       if (at[r] < 0) continue;
-      if (p.splits > 1) {
-        if (first) *(clustered ? s.row_ml + local : reinterpret_cast<float2*>(part_ml) + own) = make_float2(top[r], total[r]);
-        continue;
-      }
-      const int head = at[r] % (int)p.heads, own_query = at[r] / (int)p.heads;
-      const float factor = finish_row(top[r], total[r], p.sinks ? p.sinks + head : nullptr);
+      const int local = row_warp * 16 + lane / 4 + 8 * r;
+      float* part = s.results.part[group][local] + lane % 4 * 2;
 #pragma unroll
-      for (int g = 0; g < kGroups; ++g) weight[g][r] *= factor;
-      if (first) p.lse[((int64_t)batch * p.heads + head) * p.q_len + own_query] = top[r];
-    }
-#pragma unroll
-    for (int i = 0; i < D / 8; ++i) {
-      if (i % kGroups != group) continue;
-      float4 sum = make_float4(o[4 * i], o[4 * i + 1], o[4 * i + 2], o[4 * i + 3]);
-      if constexpr (kGroups > 1) {
-        sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const float4 x = s.results.part[g * RowWarps + row_warp][i][lane];
-          sum.x += weight[g][0] * x.x, sum.y += weight[g][0] * x.y;
-          sum.z += weight[g][1] * x.z, sum.w += weight[g][1] * x.w;
-        }
-      } else {
-        sum.x *= weight[0][0], sum.y *= weight[0][0], sum.z *= weight[0][1], sum.w *= weight[0][1];
-      }
-      const float2 of_row[2] = {make_float2(sum.x, sum.y), make_float2(sum.z, sum.w)};
-      const int column = 8 * i + lane % 4 * 2;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (at[r] < 0) continue;
-        if (p.splits > 1)
-          *reinterpret_cast<float2*>(part[r] + column) = of_row[r];
-        else
-          *reinterpret_cast<uint32_t*>(static_cast<T*>(p.out) + (base + at[r]) * D + column) =
-              pack<T>(of_row[r].x, of_row[r].y);
-      }
+      for (int i = 0; i < D / 8; ++i)
+        *reinterpret_cast<float2*>(part + 8 * i) = make_float2(o[4 * i + 2 * r], o[4 * i + 2 * r + 1]);
+      if (lane % 4 == 0) s.results.part_ml[group][local] = make_float2(softmax.m[r] * call.scale, l[r]);
     }
   }
-  if (clustered) combine_cluster<T, D>(s, call, rows, first_row, first_head, base);
+  __syncthreads();
+  const bool clustered = blocks_of_cluster() > 1;
+  const int64_t base = (int64_t)batch * p.q_len * p.heads;
+  for (int i = thread; i < rows * (D / 4); i += S::kAll) {
+    const int local = i / (D / 4), column = i % (D / 4) * 4;
+    float top, total;
+    float4 sum = combine_parts<kGroups>(
+        kGroups, top, total, [&](int g) { return s.results.part_ml[g][local]; },
+        [&](int g) { return *reinterpret_cast<const float4*>(&s.results.part[g][local][column]); });
+    if (p.splits == 1) {
+      store_row<T, D>(call, first_row + local, first_head, batch, column, sum, top, total);
+    } else if (clustered) {
+      *reinterpret_cast<float4*>(&s.results.row[local][column]) = sum;
+      if (column == 0) s.row_ml[local] = make_float2(top, total);
+    } else {
+      const int row = first_row + local, own_query = row / call.pack, head = first_head + row - own_query * call.pack;
+      const int64_t own = (base + (int64_t)own_query * p.heads + head) * p.splits + split;
+      *reinterpret_cast<float4*>(p.workspace + own * D + column) = sum;
+      float2* part_ml = reinterpret_cast<float2*>(p.workspace + p.batch * p.q_len * p.heads * p.splits * D);
+      if (column == 0) part_ml[own] = make_float2(top, total);
+    }
+  }
+  if (clustered) combine_cluster<T, D>(s, call, rows, first_row, first_head);
 }
 
 // Combines what the splits found, a block for each row of [B, Sq, H].

@@ -73,7 +73,7 @@ bool make_map(CUtensorMap& map, Encode encode, const void* data, const Strides3&
   const cuuint64_t far[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
   const cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
   return encode(&map, type, 4, const_cast<void*>(data), sizes, far, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -87,7 +87,7 @@ bool make_rows_map(CUtensorMap& map, Encode encode, const void* data, const Stri
   const cuuint64_t far[4] = {128, bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
   const cuuint32_t box[5] = {64, columns < 128 ? 1u : 2u, (cuuint32_t)box_rows, 1, 1}, one[5] = {1, 1, 1, 1, 1};
   return encode(&map, type, 5, const_cast<void*>(data), sizes, far, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

@@ -47,4 +47,19 @@ __device__ __forceinline__ void barrier_wait(uint64_t* barrier, int parity) {
 #undef STOF_WAIT
 }
 
+// Waits for what blocks of the cluster send.
+__device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}\n" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
 }  // namespace stof

@@ -7,10 +7,10 @@
 // (Problem::splits).
 //
 // Pipeline: further warps copy tiles into a ring, so that addresses and copies never hold up the
-// products, which are mma.sync. From sm_90 on the copy engine does it, whole rows in one box: halves of
-// rows cost 8 % of the memory's throughput. Elsewhere, and for head sizes that fill no box, cp.async.
-// Where clusters exist, the blocks of a row form one and combine their results in its shared memory;
-// else, or where they are too many, a second kernel does. Both in fixed order.
+// products, which are mma.sync. From sm_90 on the copy engine does it, for head sizes of whole boxes of
+// 64 columns; elsewhere cp.async. Where clusters exist, the blocks of a row form one, and send each
+// other what they find of the elements that the other stores; else, or where they are too many, a
+// second kernel combines. Both in fixed order.
 //
 // Masks need no plan: a block reads the runs of its one or two tile rows (row_start may lie on the
 // device, and rows may begin anywhere), marks the tiles that they hold in a bitmap, and takes its
@@ -43,28 +43,25 @@ struct Call {
   int pack, takes;  // heads of a block, blocks that divide their rows
 };
 
-// A tile of keys or values in shared memory. Bulk: in boxes of up to 128 columns, each 128 bytes of
-// which are swizzled as the copy engine does it; else row by row, an odd number of units of 16 bytes
-// apart. So that 8 rows at one column lie in different banks, or, in boxes of 128 columns, two in each.
+// A tile of keys or values in shared memory. Bulk: in boxes of 64 columns, swizzled as the copy engine
+// does it; else row by row, an odd number of units of 16 bytes apart. Either way 8 rows at one column
+// lie in different banks.
 template <typename T, int D, bool Bulk>
 struct Tile {
-  static constexpr int kBox = D < 128 ? D : 128, kPitch = Bulk ? kBox : D + 8;
-  T data[Bulk ? D / kBox : 1][kTile][kPitch];
+  static constexpr int kPitch = Bulk ? 64 : D + 8;
+  T data[Bulk ? D / 64 : 1][kTile][kPitch];
 
   // Where the columns from 8 * half on of a row lie, and, from there, those 16 * i further on.
   __device__ __forceinline__ uint32_t start(int row, int half) const {
-    if constexpr (!Bulk) return shared_address(&data[0][row][8 * half]);
-    return shared_address(data[0][row]) + ((half ^ row * (kBox / 64) % 8) * 16);
+    return shared_address(data[0][row]) + ((Bulk ? half ^ row % 8 : half) * 16);
   }
   static __device__ __forceinline__ uint32_t further(uint32_t start, int i) {
     if constexpr (!Bulk) return start + 32 * i;
-    const int chunk = 16 * i % kBox / 64;
-    return (start ^ ((2 * i % 8 ^ chunk) * 16)) + 16 * i / kBox * (int)sizeof(data[0]) + 128 * chunk;
+    return (start ^ i % 4 * 32) + i / 4 * (int)sizeof(data[0]);
   }
   __device__ __forceinline__ T& at(int row, int column) {
     if constexpr (!Bulk) return data[0][row][column];
-    const int chunk = column % kBox / 64, swizzle = (row * (kBox / 64) + chunk) % 8;
-    return data[column / kBox][row][64 * chunk + (column / 8 % 8 ^ swizzle) * 8 + column % 8];
+    return data[column / 64][row][(column / 8 % 8 ^ row % 8) * 8 + column % 8];
   }
 };
 
@@ -75,10 +72,13 @@ struct Shared {
   static constexpr int kProducers = Bulk ? 32 : 64, kAll = kThreads + kProducers;
   static constexpr int kGroups = kWarps / RowWarps, kKeys = kTiles * kTile / kGroups, kRows = 16 * RowWarps;
 
-  // What the groups of warps find, and what becomes of it. Padding keeps rows in different banks.
+  // What the groups of warps find. Padding keeps rows in different banks.
   struct Results {
-    float part[kGroups][kRows][D + 8], row[kRows][D];
+    float part[kGroups][kRows][D + 8];
     float2 part_ml[kGroups][kRows];
+    // From the blocks of the cluster, for the elements that this one stores.
+    float4 sent[kRows * D / 4 + kMostInCluster];
+    float2 sent_ml[kRows * D / 4 + kMostInCluster];
   };
 
   union {
@@ -91,8 +91,7 @@ struct Shared {
   uint32_t held[kMapWords];  // bit t: tile first_tile + t is held
   int32_t before[kMapWords];  // tiles held before each word
   int32_t sums[kMapWords / 128];
-  float2 row_ml[kRows];
-  uint64_t full[Stages], empty[Stages];
+  uint64_t full[Stages], empty[Stages], received;
 };
 
 // The part of the mask that a block's rows see.
@@ -189,6 +188,12 @@ __device__ __forceinline__ int mark_tiles(S& s, const Mask& mask, const View& v)
   return total;
 }
 
+// Which of the 64 keys from `key` on are keys.
+__device__ __forceinline__ uint64_t keys_there(const Problem& p, int64_t key) {
+  const uint64_t below = key < 0 ? ~0ull << -key : ~0ull;
+  return key + kTile > p.kv_len ? below & ~0ull >> (key + kTile - p.kv_len) : below;
+}
+
 // Lists the held tiles begin .. end - 1, at most kListed of them.
 template <typename S>
 __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v, int batch, int begin, int end) {
@@ -216,9 +221,7 @@ __device__ __forceinline__ void list_tiles(S& s, const Problem& p, const View& v
       s.content[0][e] = kFull;
     }
     const int64_t key = (int64_t)s.tile[e] * kTile - v.col;
-    uint64_t seen = ~0ull;
-    if (key < 0) seen = seen << -key;
-    if (key + kTile > p.kv_len) seen &= ~0ull >> (key + kTile - p.kv_len);
+    uint64_t seen = keys_there(p, key);
     if (p.kv_valid) {
       const uint64_t* valid = p.kv_valid + batch * p.valid_batch;
       // The tile's keys may lie in two words.
@@ -278,7 +281,8 @@ __device__ __forceinline__ float finish_row(float& top, float total, const float
 // The producers' part: copies the listed tiles into the ring.
 template <typename T, int D, bool Bulk, typename S>
 __device__ __forceinline__ void produce(S& s, const Call& call, const View& view, int batch, int kv_head,
-                                        int first_query, int queries, int n, int& slot, int& phase) {
+                                        int first_query, int queries, int start, int n, int& slot,
+                                        int& phase) {
   constexpr int kStages = sizeof(s.full) / sizeof(s.full[0]);
   const Problem& p = call.p;
   const T* keys = static_cast<const T*>(p.key) + batch * p.k.batch + kv_head * p.k.head;
@@ -287,9 +291,11 @@ __device__ __forceinline__ void produce(S& s, const Call& call, const View& view
   const int thread = threadIdx.x - S::kThreads, query = thread % kQueries, of = thread / kQueries;
   const int64_t row = view.row + first_query + query;
   const int list = (int)(row >> 6) - view.tile_row;
+  const bool listed = p.mask.row_ptr || p.kv_valid;
+  auto first_key = [&](int e) { return (int64_t)(listed ? s.tile[e] : start + e) * kTile - view.col; };
   for (int e = 0; e < n; e += S::kTiles) {
     barrier_wait(&s.empty[slot], phase ^ 1);
-    if (query < queries && of < S::kTiles && e + of < n) {
+    if (p.mask.row_ptr && query < queries && of < S::kTiles && e + of < n) {
       const int content = s.content[list][e + of];
       if (content >= 0)
         copy_word_async(shared_address(&s.words[slot][of][query]),
@@ -304,15 +310,16 @@ __device__ __forceinline__ void produce(S& s, const Call& call, const View& view
         for (int i = 0; i < 2; ++i)
           for (int j = 0; j < tiles; ++j)
 #pragma unroll
-            for (int column = 0; column < D; column += 128)
-              load_rows(s.ring[slot][j][i].data[column / 128], i ? &call.value : &call.key, &s.full[slot], column / 64,
-                        (int)((int64_t)s.tile[e + j] * kTile - view.col), kv_head, batch);
+            for (int column = 0; column < D; column += 64)
+              load_box(s.ring[slot][j][i].data[column / 64], i ? &call.value : &call.key, &s.full[slot], column,
+                       (int)first_key(e + j), kv_head, batch);
       }
 #endif
     } else {
-      const int64_t first = (int64_t)s.tile[e] * kTile - view.col;
-      copy_rows<S::kProducers>(s.ring[slot][0][0], keys + first * p.k.row, p.k.row, s.seen[e]);
-      copy_rows<S::kProducers>(s.ring[slot][0][1], values + first * p.v.row, p.v.row, s.seen[e]);
+      const int64_t first = first_key(e);
+      const uint64_t seen = listed ? s.seen[e] : keys_there(p, first);
+      copy_rows<S::kProducers>(s.ring[slot][0][0], keys + first * p.k.row, p.k.row, seen);
+      copy_rows<S::kProducers>(s.ring[slot][0][1], values + first * p.v.row, p.v.row, seen);
     }
     barrier_arrive_copied(&s.full[slot]);
     if (++slot == kStages) slot = 0, phase ^= 1;
@@ -364,25 +371,14 @@ __device__ __forceinline__ void store_row(const Call& call, int row, int first_h
   if (column == 0) p.lse[((int64_t)batch * p.heads + head) * p.q_len + query] = top;
 }
 
-// Combines what the blocks of a cluster found; each stores a share of the rows' elements.
-template <typename T, int D, typename S>
-__device__ __forceinline__ void combine_cluster(S& s, const Call& call, int rows, int first_row, int first_head) {
-#if __CUDA_ARCH__ >= 900
-  const int splits = (int)call.p.splits;
-  cluster_sync();
-  const uint32_t of_row = shared_address(s.results.row), of_ml = shared_address(s.row_ml);
-  for (int i = threadIdx.x * splits + blockIdx.x; i < rows * (D / 4); i += S::kAll * splits) {
-    const int local = i / (D / 4), column = i % (D / 4) * 4;
-    float top, total;
-    const float4 sum = combine_parts<kMostInCluster>(
-        splits, top, total, [&](int other) { return load_cluster2(of_ml + local * (int)sizeof(float2), other); },
-        [&](int other) { return load_cluster4(of_row + (local * D + column) * (int)sizeof(float), other); });
-    store_row<T, D>(call, first_row + local, first_head, blockIdx.z, column, sum, top, total);
-  }
-  // No block may end while others read what it found.
-  cluster_sync();
-#endif
-}
+// How a cluster of `blocks` divides a block's elements, four at a time: block i % blocks stores those at i.
+struct Shares {
+  int items, blocks, each;
+
+  __device__ __forceinline__ Shares(int items, int blocks)
+      : items(items), blocks(blocks), each((items + blocks - 1) / blocks) {}
+  __device__ __forceinline__ int of(int block) const { return (items - block + blocks - 1) / blocks; }
+};
 
 template <typename T, int D, int RowWarps, bool General, bool Bulk, int Stages>
 __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
@@ -400,40 +396,49 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
   const int first_row = take * S::kRows, rows = min((int)p.q_len * call.pack - first_row, S::kRows);
   const int first_query = first_row / call.pack, last_query = (first_row + rows - 1) / call.pack;
 
+  const bool clustered = blocks_of_cluster() > 1;
+  const Shares shares(rows * (D / 4), clustered ? (int)p.splits : 1);
   if (thread < Stages) {
     barrier_init(&s.full[thread], S::kProducers + Bulk);
     barrier_init(&s.empty[thread], S::kWarps);
-    if constexpr (Bulk) fence_barrier_init();
   }
-  if constexpr (Bulk)
+  if (thread == 0) {
+    barrier_init(&s.received, 1);
+    if (clustered) barrier_expect(&s.received, shares.of(split) * shares.blocks * (int)(sizeof(float4) + sizeof(float2)));
+  }
+  if constexpr (Bulk) {
+    if (thread < Stages || thread == 0) fence_barrier_init();
     if (thread == S::kThreads) {
       prefetch_map(&call.key);
       prefetch_map(&call.value);
     }
-  await_kernels_before();
+  }
   // Rows of a lane: where they lie in [Sq, H], and which of the block's queries they are of.
   int at[2], query[2];
+  const T* from[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int local = row_warp * 16 + lane / 4 + 8 * r, row = first_row + local;
+    const bool there = !producer && local < rows;
+    const int own = there ? row / call.pack : first_query, head = there ? first_head + row - own * call.pack : first_head;
+    at[r] = there ? own * (int)p.heads + head : -1;
+    query[r] = own - first_query;
+    from[r] = static_cast<const T*>(p.query) + batch * p.q.batch + head * p.q.head + own * p.q.row + lane % 4 * 2;
+  }
+  __syncthreads();
+  await_kernels_before();
   uint32_t q[D / 16][4];
   if (!producer) {
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int local = row_warp * 16 + lane / 4 + 8 * r, row = first_row + local;
-      const bool there = local < rows;
-      const int own = there ? row / call.pack : first_query, head = first_head + row - own * call.pack;
-      at[r] = there ? own * (int)p.heads + head : -1;
-      query[r] = own - first_query;
-      const T* from =
-          static_cast<const T*>(p.query) + batch * p.q.batch + head * p.q.head + own * p.q.row + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        q[i][r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i) : 0;
-        q[i][2 + r] = there ? *reinterpret_cast<const uint32_t*>(from + 16 * i + 8) : 0;
-      }
+    for (int i = 0; i < 2 * D / 16; ++i) {
+      q[i / 2][i % 2 * 2] = at[0] >= 0 ? *reinterpret_cast<const uint32_t*>(from[0] + 8 * i) : 0;
+      q[i / 2][i % 2 * 2 + 1] = at[1] >= 0 ? *reinterpret_cast<const uint32_t*>(from[1] + 8 * i) : 0;
     }
   }
   const int pattern =
       p.plan.pattern_id ? p.plan.pattern_id[batch * p.plan.pattern_batch + first_head * p.plan.pattern_head] : 0;
   const View view = find_view(p, pattern, first_query, last_query);
+  const bool listed = p.mask.row_ptr || p.kv_valid;
   const int count = p.mask.row_ptr ? mark_tiles(s, p.mask, view) : view.tiles;
   const int begin = (int)((int64_t)count * split / p.splits), end = (int)((int64_t)count * (split + 1) / p.splits);
 
@@ -450,13 +455,13 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
   // 16 keys at a time, or as many as there are registers for.
   constexpr int kParts = D > 128 || kSteps == 1 ? 1 : 2;
   const int tile = group * kKeys / kTile, within = group * kKeys % kTile;
-  auto compute = [&](int e, int slot, int start, bool& cleared) {
-    const int own = within + start;
+  auto compute = [&](int start, int e, int slot, int at_key, bool& cleared) {
+    const int own = within + at_key;
     using Ring = Tile<T, D, Bulk>;
     const uint32_t k = s.ring[slot][tile][0].start(own + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     const uint32_t v = s.ring[slot][tile][1].start(own + lane / 8 % 2 * 8 + lane % 8, lane / 16);
     constexpr int kFar = 16 * Ring::kPitch * (int)sizeof(T);  // from 16 rows to the next
-    const uint64_t seen = s.seen[e];
+    const uint64_t seen = listed ? s.seen[e] : keys_there(p, (int64_t)(start + e) * kTile);
     if constexpr (Bulk)
       if (~seen) {
         for (int j = 0; j < kParts; ++j) clear_values(s.ring[slot][tile][1], own + 16 * j, seen);
@@ -465,7 +470,7 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     uint32_t word = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int content = s.content[list[r]][e];
+      const int content = listed ? s.content[list[r]][e] : kFull;
       const uint64_t bits = (content >= 0 ? s.words[slot][tile][query[r]] : content == kFull ? ~0ull : 0) & seen;
       const uint64_t mine = bits >> (own + lane % 4 * 2);
 #pragma unroll
@@ -490,7 +495,7 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     if constexpr (General) map_scores(x, call.map);
     if constexpr (General) {
       if (call.map.bias) {
-        const int64_t first = (int64_t)s.tile[e] * kTile - view.col + own;
+        const int64_t first = (int64_t)(listed ? s.tile[e] : start + e) * kTile - view.col + own;
         if (call.map.bias_dtype == kFloat32)
           add_bias<float>(x, call.map, batch, at, (int)p.heads, first, word);
         else if (call.map.bias_dtype == kFloat16)
@@ -519,17 +524,18 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
   };
 
   int slot = 0, phase = 0;
-  for (int listed = begin; listed < end; listed += kListed) {
-    const int n = min(end - listed, kListed);
-    list_tiles(s, p, view, batch, listed, listed + n);
+  for (int start = begin, n; start < end; start += n) {
+    n = listed ? min(end - start, kListed) : end - start;
+    if (listed) list_tiles(s, p, view, batch, start, start + n);
     if (producer) {
-      produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, n, slot, phase);
+      produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, start, n, slot,
+                          phase);
     } else {
       for (int e = tile; e < n + tile; e += S::kTiles) {
         barrier_wait(&s.full[slot], phase);
         bool cleared = false;
         if (e < n)
-          for (int start = 0; start < kKeys; start += 16 * kParts) compute(e, slot, start, cleared);
+          for (int at_key = 0; at_key < kKeys; at_key += 16 * kParts) compute(start, e, slot, at_key, cleared);
         if (Bulk && cleared) fence_async_proxy();
         __syncwarp();
         if (lane == 0) barrier_arrive(&s.empty[slot]);
@@ -555,7 +561,11 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     }
   }
   __syncthreads();
-  const bool clustered = blocks_of_cluster() > 1;
+  // Others may send once every block has come here.
+  if (clustered) {
+    cluster_arrive();
+    cluster_wait();
+  }
   const int64_t base = (int64_t)batch * p.q_len * p.heads;
   for (int i = thread; i < rows * (D / 4); i += S::kAll) {
     const int local = i / (D / 4), column = i % (D / 4) * 4;
@@ -566,8 +576,8 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     if (p.splits == 1) {
       store_row<T, D>(call, first_row + local, first_head, batch, column, sum, top, total);
     } else if (clustered) {
-      *reinterpret_cast<float4*>(&s.results.row[local][column]) = sum;
-      if (column == 0) s.row_ml[local] = make_float2(top, total);
+      const int to = i % shares.blocks, place = split * shares.each + i / shares.blocks;
+      send(&s.results.sent[place], &s.results.sent_ml[place], &s.received, to, sum, make_float2(top, total));
     } else {
       const int row = first_row + local, own_query = row / call.pack, head = first_head + row - own_query * call.pack;
       const int64_t own = (base + (int64_t)own_query * p.heads + head) * p.splits + split;
@@ -576,7 +586,16 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
       if (column == 0) part_ml[own] = make_float2(top, total);
     }
   }
-  if (clustered) combine_cluster<T, D>(s, call, rows, first_row, first_head);
+  if (!clustered || thread >= shares.of(split)) return;
+  barrier_wait_cluster(&s.received, 0);
+  for (int i = thread; i < shares.of(split); i += S::kAll) {
+    const int item = i * shares.blocks + split;
+    float top, total;
+    const float4 sum = combine_parts<kMostInCluster>(
+        shares.blocks, top, total, [&](int other) { return s.results.sent_ml[other * shares.each + i]; },
+        [&](int other) { return s.results.sent[other * shares.each + i]; });
+    store_row<T, D>(call, first_row + item / (D / 4), first_head, batch, item % (D / 4) * 4, sum, top, total);
+  }
 }
 
 // Combines what the splits found, a block for each row of [B, Sq, H].
@@ -678,8 +697,8 @@ const char* launch(Call& call, cudaStream_t stream) {
     if (most >= kNeeded && is_hopper(p.device)) {
       const Encode encode = find_encode();
       if (!encode) return kNoEncode;
-      if (!make_rows_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
-          !make_rows_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
+      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
+          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
         return kNoMap;
       return launch<T, D, RowWarps, General, true, kDeep>(call, stream);
     }

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include "barrier.cuh"
+
 namespace stof {
 
 // Waits for the kernels in front of this one, where it was launched before they ended.
@@ -31,36 +33,36 @@ __device__ __forceinline__ int blocks_of_cluster() {
 #endif
 }
 
+// A barrier of all threads of a cluster: what was written before it is seen after it.
+__device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What lies at an address of this block's shared memory, in that of another block of the cluster.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t own, int block) {
-  uint32_t there;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(own), "r"(block));
-  return there;
-}
-
-__device__ __forceinline__ float2 load_cluster2(uint32_t own, int block) {
-  float2 x;
-  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];"
-               : "=f"(x.x), "=f"(x.y)
-               : "r"(cluster_address(own, block))
-               : "memory");
-  return x;
-}
-
-__device__ __forceinline__ float4 load_cluster4(uint32_t own, int block) {
-  float4 x;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
-               : "r"(cluster_address(own, block))
-               : "memory");
-  return x;
-}
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+
+// Writes to where `x` and `y` lie in another block's shared memory; the barrier there counts the bytes.
+__device__ __forceinline__ void send(const float4* x, const float2* y, const uint64_t* barrier, int block, float4 a,
+                                     float2 b) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 x, y, barrier;\n"
+      "mapa.shared::cluster.u32 x, %0, %3;\n"
+      "mapa.shared::cluster.u32 y, %1, %3;\n"
+      "mapa.shared::cluster.u32 barrier, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [x], {%4, %5, %6, %7}, [barrier];\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [y], {%8, %9}, [barrier];\n"
+      "}\n" ::"r"(shared_address(x)),
+      "r"(shared_address(y)), "r"(shared_address(barrier)), "r"(block), "f"(a.x), "f"(a.y), "f"(a.z), "f"(a.w),
+      "f"(b.x), "f"(b.y)
+      : "memory");
+#endif
+}
 
 // Makes a kernel ready on a device once, and says how it is launched.
 class Launcher {

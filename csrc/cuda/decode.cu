@@ -453,29 +453,37 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
 #pragma unroll
   for (int r = 0; r < 2; ++r) list[r] = producer ? 0 : (int)((view.row + first_query + query[r]) >> 6) - view.tile_row;
 
-  // Keys are taken 16 at a time, or 32 where a warp has more and registers allow it.
+  // 16 keys at a time, or as many as there are registers for.
   constexpr int kParts = D > 128 || kSteps == 1 ? 1 : 2;
-  using Ring = Tile<T, D, Bulk>;
-  constexpr int kFar = 16 * Ring::kPitch * (int)sizeof(T);  // from 16 rows to the next
   const int tile = group * kKeys / kTile, within = group * kKeys % kTile;
-  // Where a warp is: entry of the list, the first of its keys there, and the slot of the ring.
-  struct Position {
-    int e, key, slot, phase;
-
-    __device__ __forceinline__ void advance() {
-      key += 16 * kParts;
-      if (key < kKeys) return;
-      key = 0, e += S::kTiles;
-      if (++slot == Stages) slot = 0, phase ^= 1;
+  auto compute = [&](int start, int e, int slot, int at_key, bool& cleared) {
+    const int own = within + at_key;
+    using Ring = Tile<T, D, Bulk>;
+    const uint32_t k = s.ring[slot][tile][0].start(own + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    const uint32_t v = s.ring[slot][tile][1].start(own + lane / 8 % 2 * 8 + lane % 8, lane / 16);
+    constexpr int kFar = 16 * Ring::kPitch * (int)sizeof(T);  // from 16 rows to the next
+    const uint64_t seen = listed ? s.seen[e] : keys_there(p, (int64_t)(start + e) * kTile);
+    if constexpr (Bulk)
+      if (~seen) {
+        for (int j = 0; j < kParts; ++j) clear_values(s.ring[slot][tile][1], own + 16 * j, seen);
+        cleared = true;
+      }
+    uint32_t word = ~0u;
+    const bool whole = !~seen && (!listed || (s.content[0][e] == kFull && s.content[last_list][e] == kFull));
+    if (!whole) {
+      word = 0;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int content = listed ? s.content[list[r]][e] : kFull;
+        const uint64_t bits = (content >= 0 ? s.words[slot][tile][query[r]] : content == kFull ? ~0ull : 0) & seen;
+        const uint64_t mine = bits >> (own + lane % 4 * 2);
+#pragma unroll
+        for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1)
+          word |= (uint32_t)(mine >> (i / 4 * 8 + i % 2) & 1) << i;
+      }
     }
-  };
-
-  auto multiply = [&](const Position& now, float(&x)[8 * kParts]) {
-    if (now.key == 0) barrier_wait(&s.full[now.slot], now.phase);
-    const uint32_t k =
-        s.ring[now.slot][tile][0].start(within + now.key + lane / 16 * 8 + lane % 8, lane / 8 % 2);
     // Two chains of products: each waits for the one before it.
-    float odd[8 * kParts];
+    float x[8 * kParts], odd[8 * kParts];
 #pragma unroll
     for (int i = 0; i < 8 * kParts; ++i) x[i] = odd[i] = 0;
 #pragma unroll
@@ -488,38 +496,12 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
         multiply_add<T>(sum + 8 * j, q[i], b[0], b[1]);
         multiply_add<T>(sum + 8 * j + 4, q[i], b[2], b[3]);
       }
-    if constexpr (kParts == 1)
 #pragma unroll
-      for (int i = 0; i < 8; ++i) x[i] += odd[i];
-  };
-
-  auto accumulate = [&](const Position& now, int start, float(&x)[8 * kParts]) {
-    const int own = within + now.key;
-    const uint64_t seen = listed ? s.seen[now.e] : keys_there(p, (int64_t)(start + now.e) * kTile);
-    if constexpr (Bulk)
-      if (~seen) {
-        for (int j = 0; j < kParts; ++j) clear_values(s.ring[now.slot][tile][1], own + 16 * j, seen);
-        fence_async_proxy();
-      }
-    uint32_t word = ~0u;
-    const bool whole = !~seen && (!listed || (s.content[0][now.e] == kFull && s.content[last_list][now.e] == kFull));
-    if (!whole) {
-      word = 0;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int content = listed ? s.content[list[r]][now.e] : kFull;
-        const uint64_t bits =
-            (content >= 0 ? s.words[now.slot][tile][query[r]] : content == kFull ? ~0ull : 0) & seen;
-        const uint64_t mine = bits >> (own + lane % 4 * 2);
-#pragma unroll
-        for (int i = 2 * r; i < 8 * kParts; i += i % 2 ? 3 : 1)
-          word |= (uint32_t)(mine >> (i / 4 * 8 + i % 2) & 1) << i;
-      }
-    }
+    for (int i = 0; i < 8 * kParts; ++i) x[i] += odd[i];
+    if constexpr (General) map_scores(x, call.map);
     if constexpr (General) {
-      map_scores(x, call.map);
       if (call.map.bias) {
-        const int64_t first = (int64_t)(listed ? s.tile[now.e] : start + now.e) * kTile - view.col + own;
+        const int64_t first = (int64_t)(listed ? s.tile[e] : start + e) * kTile - view.col + own;
         if (call.map.bias_dtype == kFloat32)
           add_bias<float>(x, call.map, batch, at, (int)p.heads, first, word);
         else if (call.map.bias_dtype == kFloat16)
@@ -532,7 +514,6 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     float factor[2];
     if (softmax.update(x, call.scale, slack, factor)) scale_rows(o, factor);
     softmax.weigh<T>(x, call.scale);
-    const uint32_t v = s.ring[now.slot][tile][1].start(own + lane / 8 % 2 * 8 + lane % 8, lane / 16);
 #pragma unroll
     for (int j = 0; j < kParts; ++j) {
       uint32_t a[4];
@@ -548,40 +529,27 @@ __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     }
   };
 
-  Position now = {0, 0, 0, 0};
+  int slot = 0, phase = 0;
   for (int start = begin, n; start < end; start += n) {
     n = listed ? min(end - start, kListed) : end - start;
     if (listed) list_tiles(s, p, view, batch, start, start + n);
     if (producer) {
-      produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, start, n, now.slot,
-                          now.phase);
-      continue;
-    }
-    now.e = tile;
-    float x[8 * kParts], next_x[8 * kParts];
-    if (now.e < n) multiply(now, x);
-    while (now.e < n) {
-      // The next products run while this step's weights are computed.
-      Position next = now;
-      next.advance();
-      if (next.e < n) multiply(next, next_x);
-      accumulate(now, start, x);
-      if (next.key == 0) {
+      produce<T, D, Bulk>(s, call, view, batch, kv_head, first_query, last_query - first_query + 1, start, n, slot,
+                          phase);
+    } else {
+      for (int e = tile; e < n + tile; e += S::kTiles) {
+        barrier_wait(&s.full[slot], phase);
+        bool cleared = false;
+        if (e < n)
+          for (int at_key = 0; at_key < kKeys; at_key += 16 * kParts) compute(start, e, slot, at_key, cleared);
+        if (Bulk && cleared) fence_async_proxy();
         __syncwarp();
-        if (lane == 0) barrier_arrive(&s.empty[now.slot]);
+        if (lane == 0) barrier_arrive(&s.empty[slot]);
+        if (++slot == Stages) slot = 0, phase ^= 1;
       }
-#pragma unroll
-      for (int i = 0; i < 8 * kParts; ++i) x[i] = next_x[i];
-      now = next;
-    }
-    if (now.e - tile < n) {
-      // The last step has no tile for this warp.
-      barrier_wait(&s.full[now.slot], now.phase);
-      if (lane == 0) barrier_arrive(&s.empty[now.slot]);
-      now.key = kKeys - 16 * kParts;
-      now.advance();
     }
   }
+
   launch_next_kernel();
   // The groups' results become one.
   __syncthreads();

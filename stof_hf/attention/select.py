@@ -228,7 +228,7 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
 def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
     """Into how many pieces the CUDA decode kernel cuts the keys of a row: what ends soonest.
 
-    A block begins and ends in about 2.5 us and computes a tile of 64 keys in 0.35; all blocks
+    A block begins and ends in about 2.5 us and computes a tile of 64 keys in 0.6; all blocks
     together read 4.6 TB/s. The pieces of a row are combined by a cluster of up to 8 blocks in about
     1.5 us, by a second kernel in about 4 (measured on an H200).
     """
@@ -244,7 +244,7 @@ def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
         share = -(-tiles // splits)
         reading = share * tile_bytes * min(blocks * splits, workers) / 4.6e6
         combining = 0.0 if splits == 1 else 1.5 if splits <= in_clusters else 4.0
-        return waves * (2.5 + max(0.35 * share, reading)) + combining
+        return waves * (2.5 + max(0.6 * share, reading)) + combining
 
     return min(range(1, min(tiles, 256) + 1), key=us)
 

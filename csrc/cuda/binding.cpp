@@ -118,9 +118,10 @@ class Workspace {
 void run(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor query = take(stack[0]), key = take(stack[1]), value = take(stack[2]);
   const Tensor kv_valid = take_optional(stack[3]), bias = take_optional(stack[4]),
-               sinks = take_optional(stack[5]);
-  const auto function = reinterpret_cast<Run>(stack[6]);
-  stof::Problem problem = *reinterpret_cast<const stof::Problem*>(stack[7]);
+               sinks = take_optional(stack[5]), row_start = take_optional(stack[6]),
+               col_start = take_optional(stack[7]);
+  const auto function = reinterpret_cast<Run>(stack[8]);
+  stof::Problem problem = *reinterpret_cast<const stof::Problem*>(stack[9]);
 
   int32_t dtype = 0, type = 0, device = 0;
   check(aoti_torch_get_dtype(query.get(), &dtype), "name a dtype");
@@ -144,6 +145,8 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   problem.kv_valid = static_cast<const uint64_t*>(kv_valid.const_data());
   problem.bias = bias.const_data();
   problem.sinks = static_cast<const float*>(sinks.const_data());
+  problem.row_start = static_cast<const int64_t*>(row_start.const_data());
+  problem.col_start = static_cast<const int64_t*>(col_start.const_data());
   if (const char* message = function(&problem, stream)) throw std::runtime_error(message);
   stack[0] = out.release();
   stack[1] = lse.release();
@@ -154,7 +157,7 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY(stof_cuda, library) {
   library.def(
       "run(Tensor query, Tensor key, Tensor value, Tensor? kv_valid, Tensor? bias, Tensor? sinks, "
-      "int function, int problem) -> (Tensor, Tensor)");
+      "Tensor? row_start, Tensor? col_start, int function, int problem) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stof_cuda, CUDA, library) { library.impl("run", run); }

@@ -15,6 +15,7 @@
 #include "hopper_ptx.cuh"
 #include "items.cuh"
 #include "merge.cuh"
+#include "maps.cuh"
 
 namespace stof {
 namespace {
@@ -493,34 +494,10 @@ __global__ void __launch_bounds__(Config<D>::kThreads, Config<D>::kBlocks)
   }
 }
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode find_encode() {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-  if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) !=
-      cudaSuccess)
-    return nullptr;
-  return reinterpret_cast<Encode>(found);
-}
-
-template <typename T>
-bool make_map(CUtensorMap& map, Encode encode, const void* data, const Strides3& strides, int64_t columns,
-              int64_t rows, int64_t heads, int64_t batch, int box_rows) {
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const cuuint64_t sizes[4] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)heads, (cuuint64_t)batch};
-  auto bytes = [](int64_t stride, int64_t size) { return size == 1 ? 16 : (cuuint64_t)stride * sizeof(T); };
-  const cuuint64_t far[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
-  const cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
-  return encode(&map, type, 4, const_cast<void*>(data), sizes, far, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
-}
-
 template <typename T, int D>
 const char* run(const Problem& p, cudaStream_t stream) {
-  static const Encode encode = find_encode();
-  if (!encode) return "the CUDA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12";
+  const Encode encode = find_encode();
+  if (!encode) return kNoEncode;
   Maps maps;
   const Strides3 out = {p.q_len * p.heads * D, D, p.heads * D};
   const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, kTile) &&
@@ -531,34 +508,20 @@ const char* run(const Problem& p, cudaStream_t stream) {
                     make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile) &&
                     make_map<T>(maps.value_granule, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kGranule) &&
                     make_map<T>(maps.out, encode, p.out, out, D, p.q_len, p.heads, p.batch, 16);
-  if (!fits) return "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
+  if (!fits) return kNoMap;
   const Arguments a(p, p.scale * kLog2e);
-  constexpr int bytes = (int)sizeof(Shared<T, D>) + 1024;
+  constexpr int kBytes = (int)sizeof(Shared<T, D>) + 1024;
+  static Launcher launchers[2], merger;
+  Launcher& launcher = launchers[p.kv_valid != nullptr];
   const auto kernel = p.kv_valid ? block_kernel<T, D, true> : block_kernel<T, D, false>;
-  static bool ready[64][2] = {};
-  if (!ready[p.device][p.kv_valid != nullptr]) {
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    ready[p.device][p.kv_valid != nullptr] = true;
-  }
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)p.grid);
-  config.blockDim = dim3(Config<D>::kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, maps, a);
-  if (p.plan.slots > 0) {
-    config.gridDim = dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges);
-    config.blockDim = dim3(128);
-    config.dynamicSmemBytes = 0;
-    cudaLaunchKernelEx(&config, merge_kernel<T, D>, a);
-  }
-  const cudaError_t error = cudaGetLastError();
+  cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
+  if (error == cudaSuccess)
+    error = launcher.launch(kernel, dim3((unsigned)p.grid), Config<D>::kThreads, kBytes, 1, stream, maps, a);
+  if (error != cudaSuccess || p.plan.slots == 0) return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  error = merger.prepare(merge_kernel<T, D>, p.device, 0);
+  if (error == cudaSuccess)
+    error = merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges), 128, 0, 1,
+                          stream, a);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

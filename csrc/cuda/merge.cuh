@@ -6,15 +6,9 @@
 
 #include "fragments.cuh"
 #include "items.cuh"
+#include "launch.cuh"
 
 namespace stof {
-
-// Waits for the kernels in front of this one, where it was launched before they ended.
-__device__ __forceinline__ void await_kernels_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 // One process loads many libraries: each has a merge_kernel of its own.
 namespace {

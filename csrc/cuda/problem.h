@@ -55,6 +55,15 @@ struct Plan {
   int64_t n_items, n_merges, n_queue, slots;  // slots: pieces of one head
 };
 
+// A mask as it is kept (stof_hf/masks/sparse_mask.py), for kernels that need no plan.
+struct Mask {
+  const int32_t* row_ptr;                       // [patterns][tile_rows + 1]; null: all is seen
+  const int32_t *run_col, *run_len, *run_bits;  // [runs]
+  const uint64_t* tile_bits;                    // [n][64]
+  int64_t tile_rows;
+  int64_t row_start, col_start;  // where the view begins, if no tensor says so
+};
+
 constexpr int32_t kNone = INT32_MIN, kFull = -1, kEmpty = -2;
 
 // bias_dtype
@@ -70,6 +79,8 @@ struct Problem {
   const uint64_t* kv_valid;  // [B, ceil(Sk / 64)]: padding as bits, or null
   const void* bias;          // broadcast to [B, H, Sq, Sk] by strides of 0, or null
   const float* sinks;        // [H], or null
+  const int64_t* row_start;  // [1]: where the view of the mask begins, or null
+  const int64_t* col_start;
 
   Strides3 q, k, v;
   int64_t bias_batch, bias_head, bias_row, bias_col, bias_dtype;
@@ -82,6 +93,8 @@ struct Problem {
   int64_t device;
   double scale, softcap;
   Plan plan;
+  Mask mask;
+  int64_t splits;  // blocks that divide the keys of a row, where there is no plan
 };
 
 }  // namespace stof

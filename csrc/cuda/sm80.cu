@@ -444,38 +444,15 @@ const char* launch(const Problem& p, const Call& call, cudaStream_t stream) {
   // Of the 100 KB that the smallest multiprocessors have, each block takes 1 KB more than it asks for.
   static_assert(Config<D>::kBlocks * (sizeof(Shared<T, D>) + 1024) <= 100 * 1024);
   const auto kernel = block_kernel<T, D, V>;
-  struct Device {
-    bool ready, starts_early;
-  };
-  static Device devices[64] = {};
-  Device now = p.device < 64 ? devices[p.device] : Device();
-  cudaError_t error = cudaSuccess;
-  if (!now.ready) {
-    cudaFuncAttributes attributes;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(Shared<T, D>));
-    if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return cudaGetErrorString(error);
-    // Code made for an older architecture does not wait for the kernels in front of it.
-    now = {true, attributes.ptxVersion >= 90};
-    if (p.device < 64) devices[p.device] = now;
-  }
-  cudaLaunchAttribute early;
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3((unsigned)p.grid);
-  config.blockDim = dim3(kConsumers);
-  config.dynamicSmemBytes = sizeof(Shared<T, D>);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = now.starts_early;
-  error = cudaLaunchKernelEx(&config, kernel, call);
-  if (error == cudaSuccess && p.plan.slots > 0) {
-    config.gridDim = dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges);
-    config.blockDim = dim3(128);
-    config.dynamicSmemBytes = 0;
-    error = cudaLaunchKernelEx(&config, merge_kernel<T, D>, static_cast<const Arguments&>(call));
-  }
+  constexpr int kBytes = (int)sizeof(Shared<T, D>);
+  static Launcher launcher, merger;
+  cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
+  if (error == cudaSuccess) error = launcher.launch(kernel, dim3((unsigned)p.grid), kConsumers, kBytes, 1, stream, call);
+  if (error != cudaSuccess || p.plan.slots == 0) return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  error = merger.prepare(merge_kernel<T, D>, p.device, 0);
+  if (error == cudaSuccess)
+    error = merger.launch(merge_kernel<T, D>, dim3((unsigned)(p.batch * p.heads), (unsigned)p.plan.n_merges), 128, 0, 1,
+                          stream, static_cast<const Arguments&>(call));
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

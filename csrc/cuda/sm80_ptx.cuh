@@ -7,11 +7,9 @@
 #include <cstdint>
 #include <type_traits>
 
-namespace stof {
+#include "barrier.cuh"
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+namespace stof {
 
 // Copies 16 bytes to shared memory, aligned to 16, or zeros where there is nothing.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {

@@ -10,50 +10,12 @@ import ctypes
 
 import torch
 
-from ..errors import BuildError
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
-from . import cuda_build, select
+from . import select
 from .cuda_kernels import kernel
+from .cuda_problem import BIAS_DTYPES, PLAN, Problem, kernel_function
 from .granules import granule_plan
-
-_POINTERS = ("query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks")
-_PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
-_BIAS_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
-
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
-
-
-class _Plan(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in (*_PLAN, "pattern_id")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("pattern_batch", "pattern_head", "n_items", "n_merges", "n_queue", "slots")
-        ),
-    ]
-
-
-class Problem(ctypes.Structure):
-    """`stof::Problem` of csrc/cuda/problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in _POINTERS),
-        *((name, _Strides) for name in "qkv"),
-        *(
-            (name, ctypes.c_int64)
-            for name in (
-                "bias_batch", "bias_head", "bias_row", "bias_col", "bias_dtype", "valid_batch",
-                "batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim",
-                "workspace_bytes", "grid", "two_heads", "device",
-            )
-        ),
-        ("scale", ctypes.c_double),
-        ("softcap", ctypes.c_double),
-        ("plan", _Plan),
-    ]  # fmt: skip
 
 
 def prepare(
@@ -76,7 +38,7 @@ def families(
     bias: torch.Tensor | None, scale: float, softcap: float,
 ) -> list[str]:  # fmt: skip
     """The families of block-wise kernels that compute such a call on the tensors' device."""
-    if mask.is_view or (bias is not None and bias.dtype not in _BIAS_DTYPES):
+    if mask.is_view or (bias is not None and bias.dtype not in BIAS_DTYPES):
         return []
     capability = torch.cuda.get_device_capability(q.device)
     dim = max(q.shape[3], v.shape[3])
@@ -100,12 +62,8 @@ class BlockCall:
         batch, heads, q_len, head_dim = q.shape
         kv_heads, kv_len, value_dim = v.shape[1:]
         dim = max(head_dim, value_dim)
-        kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
-        if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
-            raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda.py do not agree")
-        cuda_build.binding()
+        self.function = kernel_function(family, dim, q)
         self.run = torch.ops.stof_cuda.run.default
-        self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
         self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
         if config is None:
             config = select.cuda_config(q, k, v, mask)
@@ -116,28 +74,12 @@ class BlockCall:
         plan = granule_plan(mask, config.layout, copies, config.workers, together)
         n_items = plan.items.shape[1]
         p = Problem()
-        for name, x in zip("qkv", (q, k, v), strict=True):
-            setattr(p, name, _Strides(*x.stride()[:3]))
-        p.batch, p.heads, p.q_len, p.head_dim = batch, heads, q_len, head_dim
-        p.kv_heads, p.kv_len, p.value_dim = kv_heads, kv_len, value_dim
-        if mask.kv_valid is not None and len(mask.kv_valid) > 1:
-            p.valid_batch = mask.kv_valid.shape[1]
-        if bias is not None:
-            # Strides of 0 along what broadcasts.
-            whole = bias.expand(batch, heads, q_len, kv_len)
-            p.bias_batch, p.bias_head, p.bias_row, p.bias_col = whole.stride()
-            p.bias_dtype = _BIAS_DTYPES[bias.dtype]
+        p.describe(q, k, v, mask, scale, softcap, bias)
         p.grid = min(config.workers, n_items * copies)
         p.two_heads = config.two_heads
-        p.device = q.device.index
-        p.scale, p.softcap = scale, softcap
         p.workspace_bytes = batch * heads * plan.slots * TILE * (dim + 2) * 4
-        for name in _PLAN:
+        for name in PLAN:
             setattr(p.plan, name, getattr(plan, name).data_ptr())
-        ids = mask.pattern_id
-        p.plan.pattern_id = ids.data_ptr() if len(mask.row_ptr) > 1 else None
-        p.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
-        p.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
         p.plan.n_items, p.plan.n_merges = n_items, plan.merges.shape[1]
         p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
         if not len(plan.queue):
@@ -152,4 +94,5 @@ class BlockCall:
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         if self.casts_sinks:
             sinks = sinks.float()
-        return self.run(q, k, v, mask.kv_valid, bias, sinks, self.function, self.address)
+        tensors = (q, k, v, mask.kv_valid, bias, sinks, None, None)
+        return self.run(*tensors, self.function, self.address)

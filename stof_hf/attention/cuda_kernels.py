@@ -40,6 +40,12 @@ FAMILIES: dict[str, Family] = {
         ("sm_80", "sm_86", "sm_89", "sm_120", "compute_80"),
         (32, 64, 80, 96, 128, 256),
     ),
+    "decode": Family(
+        ("decode.cu",),
+        ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80"),
+        (32, 64, 80, 96, 128, 256),
+        seconds=12,
+    ),
 }
 
 _TYPES = {torch.float16: "__half", torch.bfloat16: "__nv_bfloat16", torch.float32: "float"}

@@ -1,0 +1,98 @@
+"""`stof::Problem` of csrc/cuda/problem.h: what a call of the CUDA kernels is given."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..errors import BuildError
+from ..masks.sparse_mask import SparseMask
+from . import cuda_build
+
+_POINTERS = (
+    "query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks", "row_start",
+    "col_start",
+)  # fmt: skip
+MASK = ("row_ptr", "run_col", "run_len", "run_bits", "tile_bits")
+#: In the order of the constants of problem.h.
+BIAS_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAN = ("items", "steps", "bits", "rows", "merges", "queue")
+
+
+class Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row")]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (*PLAN, "pattern_id")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("pattern_batch", "pattern_head", "n_items", "n_merges", "n_queue", "slots")
+        ),
+    ]
+
+
+class _Mask(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in MASK),
+        *((name, ctypes.c_int64) for name in ("tile_rows", "row_start", "col_start")),
+    ]
+
+
+class Problem(ctypes.Structure):
+    """`stof::Problem` of csrc/cuda/problem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, Strides) for name in "qkv"),
+        *(
+            (name, ctypes.c_int64)
+            for name in (
+                "bias_batch", "bias_head", "bias_row", "bias_col", "bias_dtype", "valid_batch",
+                "batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim",
+                "workspace_bytes", "grid", "two_heads", "device",
+            )
+        ),
+        ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+        ("plan", _Plan),
+        ("mask", _Mask),
+        ("splits", ctypes.c_int64),
+    ]  # fmt: skip
+
+    def describe(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, scale: float,
+        softcap: float = 0.0, bias: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Fill in sizes and strides, and which of the mask's patterns each head uses."""
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            setattr(self, name, Strides(*x.stride()[:3]))
+        self.batch, self.heads, self.q_len, self.head_dim = q.shape
+        self.kv_heads, self.kv_len, self.value_dim = k.shape[1], k.shape[2], v.shape[3]
+        if mask.kv_valid is not None and len(mask.kv_valid) > 1:
+            self.valid_batch = mask.kv_valid.shape[1]
+        self.device, self.scale, self.softcap = q.device.index, scale, softcap
+        if bias is not None:
+            sizes = zip(bias.shape, bias.stride(), strict=True)
+            strides = [0 if size == 1 else stride for size, stride in sizes]
+            self.bias_batch, self.bias_head, self.bias_row, self.bias_col = strides
+            self.bias_dtype = BIAS_DTYPES.index(bias.dtype)
+        ids = mask.pattern_id
+        if len(mask.row_ptr) > 1:
+            self.plan.pattern_id = ids.data_ptr()
+            self.plan.pattern_batch = ids.shape[1] if ids.shape[0] > 1 else 0
+            self.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
+
+
+def kernel_function(family: str, dim: int, q: torch.Tensor) -> int:
+    """Address of a family's function for a head size and the dtype of `q`; registers the op.
+
+    Raises BuildError where the kernels cannot be built.
+    """
+    kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
+    if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
+        raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda_problem.py do not agree")
+    cuda_build.binding()
+    return ctypes.cast(kernels.stof_run, ctypes.c_void_p).value

@@ -35,7 +35,7 @@ def emulated(tmp_path_factory):
     """The kernels compiled for the CPU, as `tiles.library` returns them."""
     built = tmp_path_factory.mktemp("emulated") / "tiles.so"
     include = f"-I{Path(__file__).parent / 'emulator'}"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-Wl,-Bsymbolic"]
     source = str(jit.source_dir() / "cuda" / "tiles.cu")
     command = [jit.find_compiler(), "-x", "c++", *flags, include, source, "-o", str(built)]
     subprocess.run(command, check=True)

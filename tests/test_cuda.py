@@ -92,6 +92,28 @@ def test_long_rows_are_split_and_merged(dim, layout):
     compare(*make(1, 4, 2, 2000, 2000, dim, torch.float16), mask, layout, workers=264)
 
 
+def apart(b, h, q, k):
+    """Two row tiles side by side see other keys, and each two stretches of them far apart."""
+    even = q // 64 % 2 == 0
+    near = (k // 16 % 3 == 0) & torch.where(even, k < 1000, k >= 1000)
+    return near | (k // 16 == torch.where(even, 124, 0))
+
+
+@pytest.mark.parametrize(("dim", "layout"), product([64, 128], sorted(LAYOUTS)))
+def test_rows_of_a_block_that_see_other_keys(dim, layout):
+    mask = SparseMask.from_pattern(patterns.Custom(apart), 2000, device="cuda")
+    compare(*make(1, 4, 2, 2000, 2000, dim, torch.float16), mask, layout)
+
+
+@pytest.mark.parametrize(("dim", "layout"), product([64, 128], sorted(LAYOUTS)))
+@pytest.mark.parametrize("pattern", [patterns.Full(), patterns.BigBird(192)], ids=str)
+def test_padding_of_many_steps(dim, layout, pattern):
+    valid = torch.ones(2, 2000, dtype=torch.bool, device="cuda")
+    valid[0, 200:1800] = valid[1, 900:] = False
+    mask = SparseMask.from_pattern(pattern, 2000, padding=valid, device="cuda")
+    compare(*make(2, 4, 2, 2000, 2000, dim, torch.float16), mask, layout)
+
+
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_nothing_of_the_workspace_leaks_into_the_next_call(layout):
     mask = SparseMask.from_pattern(patterns.Causal(), 1000, device="cuda")

@@ -267,14 +267,19 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
     int step = -1, content = kFull;
     Ring<C::kStages> ahead = stage;
 
-    // Moves to the next step that this half computes, and waits for its keys.
-    auto advance = [&]() {
-      while (++step < steps) {
+    // Moves to the next step that this half computes, and waits for its keys. At most `most` steps that
+    // it does not compute are let pass: while it holds a stage, the ring has no room for more.
+    auto advance = [&](int most) {
+      while (step + 1 < steps) {
+        barrier_wait(&s.key_full[ahead.at], ahead.parity);
+        const int seen = uniform(s.content[ahead.at][half]);
+        const bool own = active && !(paired && (step + 1) % 2 != half) && seen != kEmpty;
+        if (!own && most-- == 0) return false;
+        ++step;
+        content = seen;
         stage = ahead;
         ahead.next();
-        barrier_wait(&s.key_full[stage.at], stage.parity);
-        content = uniform(s.content[stage.at][half]);
-        if (active && !(paired && step % 2 != half) && content != kEmpty) return true;
+        if (own) return true;
         release(stage.at);
       }
       return false;
@@ -325,7 +330,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
     if constexpr (C::kOverlap) {
-      if (advance()) {
+      while (advance(steps)) {
         wgmma_fence();
         issue_scores();
         wgmma_wait<0>();
@@ -335,7 +340,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         softmax.weigh<T>(scores, scale);
         pack_weights();
         Ring<C::kStages> pending = stage;
-        while (advance()) {
+        while (advance(C::kStages - 2)) {
           await_values(pending);
           if (step < together) named_barrier(kTurn + half, kConsumers);
           pin(o);
@@ -364,7 +369,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         release(pending.at);
       }
     } else {
-      while (advance()) {
+      while (advance(steps)) {
         wgmma_fence();
         issue_scores();
         wgmma_wait<0>();

@@ -32,7 +32,7 @@ struct Arguments {
   float *lse, *part;
   Divisor copies, heads_of, group;  // heads_of: heads, or pairs of them, of a batch element
   int heads, n_queue, q_len, value_dim, two_heads;
-  float scale, slack;  // of the scores, whose exponentials are to base 2
+  float scale;  // of the scores, whose exponentials are to base 2
   Plan plan;
 
   __host__ Arguments(const Problem& p, double base2_scale)
@@ -51,7 +51,6 @@ struct Arguments {
         value_dim((int)p.value_dim),
         two_heads((int)p.two_heads),
         scale((float)base2_scale),
-        slack((float)(8 / base2_scale)),
         plan(p.plan) {}
 };
 

@@ -350,7 +350,8 @@ __global__ void __launch_bounds__(kConsumers, Config<D>::kBlocks)
         }
         if (V != kPlain || content != kFull) apply_bits(x, bits);
         float factor[2];
-        if (softmax.update(x, scale, a.slack, factor)) scale_rows(o, factor);
+        // Without slack the largest weight of a row is 1, which rounding leaves as it is.
+        if (softmax.update(x, scale, 0, factor)) scale_rows(o, factor);
         softmax.weigh<T>(x, scale);
         add_values<T, D, N>(o, x, value_lane + shift + first * C::kRowBytes);
       };

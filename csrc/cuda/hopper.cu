@@ -336,7 +336,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         wgmma_wait<0>();
         pin(scores);
         mask();
-        softmax.update(scores, scale, slack, factor);
+        if (softmax.update(scores, scale, slack, factor)) scale_rows(o, factor);
         softmax.weigh<T>(scores, scale);
         pack_weights();
         Ring<C::kStages> pending = stage;

@@ -21,10 +21,15 @@ from stof_hf.errors import BuildError
 #: sm80.cu hold counters of its variant with a bias, which a step reads about once, and one word of
 #: the merge kernel.
 SPILL_BUDGET: dict[str, int] = {
-    f"sm80-{head_dim}-{dtype}-{architecture}": spilled
-    for head_dim, spilled in {64: 40, 96: 8, 128: 8, 256: 40}.items()
+    f"{family}-{head_dim}-{dtype}-{architecture}": spilled
+    for family, architectures, by_head_dim in (
+        ("sm80", ("sm_80", "sm_86", "sm_89", "sm_120"), {64: 40, 96: 8, 128: 8, 256: 40}),
+        ("decode", ("sm_80",), {64: 40, 80: 8, 96: 104, 256: 708}),
+        ("decode", ("sm_90",), {64: 16, 96: 12, 128: 480, 256: 2332}),
+    )
+    for head_dim, spilled in by_head_dim.items()
     for dtype in ("float16", "bfloat16")
-    for architecture in ("sm_80", "sm_86", "sm_89", "sm_120")
+    for architecture in architectures
 }
 
 
@@ -256,12 +261,13 @@ def test_the_op():
     cuda_build.binding()
     schema = torch.ops.stof_cuda.run.default._schema
     assert [argument.name for argument in schema.arguments] == [
-        "query", "key", "value", "kv_valid", "bias", "sinks", "function", "problem",
+        "query", "key", "value", "kv_valid", "bias", "sinks", "row_start", "col_start", "function",
+        "problem",
     ]  # fmt: skip
     assert [str(result.type) for result in schema.returns] == ["Tensor", "Tensor"]
     x = torch.zeros(1, 1, 1, 64)
     with pytest.raises(NotImplementedError, match=r"stof_cuda::run.*'CPU' backend"):
-        torch.ops.stof_cuda.run(x, x, x, None, None, None, 0, 0)
+        torch.ops.stof_cuda.run(x, x, x, *(5 * [None]), 0, 0)
 
 
 @pytest.fixture(scope="module")

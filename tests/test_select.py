@@ -56,3 +56,10 @@ def test_block_kernel():
     assert select.block_kernel(["hopper", "sm80"], *rest) == "hopper"
     assert select.block_kernel(["sm80"], *rest) == "sm80"
     assert select.block_kernel([], *rest) is None
+
+
+def test_hopper_gpus_leave_to_triton_what_their_own_kernel_does_not_compute(monkeypatch):
+    q = torch.zeros(16, 12, 500, 64, dtype=torch.float16)
+    monkeypatch.setattr(select, "_capability", lambda device: (9, 0))
+    assert select.block_kernel(["sm80"], q, q, q, MASK, None, 30.0) is None
+    assert select.block_kernel(["hopper", "sm80"], q, q, q, MASK, None, 0.0) == "hopper"

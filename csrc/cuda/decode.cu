@@ -383,6 +383,10 @@ struct Shares {
 template <typename T, int D, int RowWarps, bool General, bool Bulk, int Stages>
 __global__ void __launch_bounds__(Shared<T, D, RowWarps, Bulk, Stages>::kAll)
     decode_kernel(const __grid_constant__ Call call) {
+#if __CUDA_ARCH__ < 900
+  // Never launched there.
+  if constexpr (Bulk) return;
+#endif
   using S = Shared<T, D, RowWarps, Bulk, Stages>;
   constexpr int kKeys = S::kKeys, kSteps = kKeys / 16, kGroups = S::kGroups;
   extern __shared__ unsigned char memory[];
@@ -703,8 +707,9 @@ const char* launch(Call& call, cudaStream_t stream) {
     if (most >= kNeeded && is_hopper(p.device)) {
       const Encode encode = find_encode();
       if (!encode) return kNoEncode;
-      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
-          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
+      constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
+      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile, kPromotion) ||
+          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile, kPromotion))
         return kNoMap;
       return launch<T, D, RowWarps, General, true, kDeep>(call, stream);
     }

@@ -42,7 +42,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "decode": Family(
         ("decode.cu",),
-        ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "compute_80"),
+        ("sm_80", "sm_90", "compute_90"),
         (32, 64, 80, 96, 128, 256),
         seconds=12,
     ),

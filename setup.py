@@ -28,7 +28,7 @@ class BuildKernels(build_py):
             return
         # In a process of its own, on the files that the wheel will hold.
         code = (
-            "import sys; from pathlib import Path; from stof_hf.attention import cuda_build; "
+            "import sys; from pathlib import Path; from stof_hf.kernels import cuda_build; "
             "cuda_build.build(cuda_build.kernels_for(sys.argv[1:]), cuda_build.prebuilt_dir())"
         )
         subprocess.run(

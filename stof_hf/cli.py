@@ -72,8 +72,8 @@ def build(
     """
     from rich.progress import Progress
 
-    from .attention import cuda_build, jit
-    from .attention.cuda_kernels import all_kernels
+    from .kernels import cuda_build, jit
+    from .kernels.cuda_kernels import all_kernels
 
     arch = arch or cuda_build.present_gpus()
     if not (arch or every):

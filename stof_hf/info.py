@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import SparseMask, __version__, attention, patterns
-from .attention import cuda_build, jit
 from .attention.reference import reference_attention
 from .errors import StofError
+from .kernels import cuda_build, jit
 
 __all__ = ["backends", "report"]
 

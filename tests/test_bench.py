@@ -7,12 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from stof_hf.attention import jit
 from stof_hf.bench import attention as bench
 from stof_hf.bench import building, contestants, plot, summary
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Contestant, Problem
 from stof_hf.bench.masks import MASKS, bench_mask
 from stof_hf.errors import MaskError, StofError
+from stof_hf.kernels import jit
 
 CPU = torch.device("cpu")
 KEPT = {

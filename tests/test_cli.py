@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from stof_hf import demo, info
-from stof_hf.attention import jit
 from stof_hf.cli import app
+from stof_hf.kernels import jit
 
 runner = CliRunner()
 

@@ -12,10 +12,10 @@ import torch
 from test_jit import _environment, needs_compiler
 from typer.testing import CliRunner
 
-from stof_hf.attention import cuda_build, cuda_kernels, jit
-from stof_hf.attention.cuda_kernels import Family, Kernel, all_kernels
 from stof_hf.cli import app
 from stof_hf.errors import BuildError
+from stof_hf.kernels import cuda_build, cuda_kernels, jit
+from stof_hf.kernels.cuda_kernels import Family, Kernel, all_kernels
 
 #: Bytes that ptxas may spill, of libraries that do: what was looked at and found harmless. Those of
 #: sm80.cu hold counters of its variant with a bias, which a step reads about once, and one word of
@@ -129,7 +129,7 @@ def test_key_covers_what_the_source_includes_the_gpu_and_nvcc(tiny, monkeypatch)
 _PROCESS = """
 import os, pathlib
 import torch
-from stof_hf.attention import cuda_build, cuda_kernels, jit
+from stof_hf.kernels import cuda_build, cuda_kernels, jit
 jit.source_dir = lambda: pathlib.Path(os.environ["SMALL_SOURCES"])
 family = cuda_kernels.Family(("tiny.cu",), ("sm_80",), (64,), (torch.float16,))
 cuda_kernels.FAMILIES["tiny"] = family

@@ -20,9 +20,9 @@ from test_masks_property import canonical, check_invariants
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from stof_hf import SparseMask, attention, patterns
-from stof_hf.attention import cuda_build, jit
 from stof_hf.errors import BuildError, MaskError, StofWarning
 from stof_hf.hf.resolve import _dense
+from stof_hf.kernels import cuda_build, jit
 from stof_hf.masks import tiles
 from stof_hf.masks.build import build_additive
 

@@ -10,9 +10,9 @@ from strategies import cases
 
 from stof_hf import SparseMask, attention, patterns
 from stof_hf.attention import cuda, select
-from stof_hf.attention.cuda_kernels import FAMILIES
 from stof_hf.attention.granules import Layout
 from stof_hf.attention.reference import reference_attention
+from stof_hf.kernels.cuda_kernels import FAMILIES
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
 

@@ -9,8 +9,8 @@ from measure import measure
 from strategies import cases
 
 from stof_hf import SparseMask, patterns
-from stof_hf.attention import jit
 from stof_hf.attention.granules import NONE, GranulePlan, Layout, granule_plan
+from stof_hf.kernels import jit
 from stof_hf.masks.sparse_mask import EMPTY, FULL
 
 pytestmark = pytest.mark.skipif(jit.find_compiler() is None, reason="no C++ compiler")

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from stof_hf.attention import cpu, jit
+from stof_hf.attention import cpu
 from stof_hf.errors import BuildError, StofWarning
+from stof_hf.kernels import jit
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 needs_compiler = pytest.mark.skipif(jit.find_compiler() is None, reason="no C++ compiler")
@@ -106,7 +107,7 @@ def test_a_damaged_cache_is_rebuilt(small, damage):
 
 _PROCESS = """
 import os, pathlib
-from stof_hf.attention import jit
+from stof_hf.kernels import jit
 jit.source_dir = lambda: pathlib.Path(os.environ["SMALL_SOURCES"])
 assert jit.load_library("small", ["small.cpp"]).answer() == 42
 """

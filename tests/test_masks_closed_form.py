@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import cases
 from test_masks_property import canonical, check_invariants
 
-from stof_hf.attention import jit
 from stof_hf.errors import BuildError, StofWarning
+from stof_hf.kernels import jit
 from stof_hf.masks import SparseMask, closed_form, native
 from stof_hf.masks import patterns as p
 

@@ -11,9 +11,9 @@ from strategies import Case, cases
 
 import stof_hf
 from stof_hf import MaskError, SparseMask, UnsupportedError, patterns
-from stof_hf.attention import jit
 from stof_hf.attention.op import op_arguments
 from stof_hf.attention.reference import reference_attention
+from stof_hf.kernels import jit
 from stof_hf.masks.traced import structure_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")

@@ -83,7 +83,7 @@ def test_wheel_runs_where_it_is_installed(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import stof_hf.patches; from stof_hf.attention import jit; "
+        "import stof_hf.patches; from stof_hf.kernels import jit; "
         "print(stof_hf.patches.__file__); print(jit.source_dir()); print(*stof_hf.__path__)"
     )
     patches, csrc, path = python(code, PYTHONPATH=str(tmp_path)).splitlines()

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ..errors import BuildError, MaskError, StofWarning
+from ..kernels import jit
 from ..masks.sparse_mask import SparseMask
-from . import blocked, jit
+from . import blocked
 from .checks import check
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -10,10 +10,10 @@ import ctypes
 
 import torch
 
+from ..kernels.cuda_kernels import kernel
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import select
-from .cuda_kernels import kernel
 from .cuda_problem import BIAS_DTYPES, PLAN, Problem, kernel_function
 from .granules import granule_plan
 

@@ -10,9 +10,9 @@ import ctypes
 
 import torch
 
+from ..kernels.cuda_kernels import kernel
 from ..masks.sparse_mask import SparseMask
 from . import calls, select
-from .cuda_kernels import kernel
 from .cuda_problem import BIAS_DTYPES, MASK, Problem, kernel_function
 from .select import DECODE_ROWS
 

@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from ..errors import BuildError
+from ..kernels import cuda_build
 from ..masks.sparse_mask import SparseMask
-from . import cuda_build
 
 _POINTERS = (
     "query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks", "row_start",

@@ -20,7 +20,7 @@ _FLAGS = (
 @lru_cache(1)
 def library() -> ctypes.CDLL:
     """The library, built at first use. Raises BuildError where it does not build."""
-    from ..attention import jit
+    from ..kernels import jit
 
     made = jit.load_library("stof_host", ["masks/mask.cpp", "plan/granules.cpp"], _FLAGS)
     for function in (made.stof_mask, made.stof_plan):

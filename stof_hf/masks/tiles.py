@@ -84,7 +84,7 @@ def library(device: torch.device) -> ctypes.CDLL | None:
     """The kernels for a device; None where it is no GPU, and, with one warning, without a build."""
     if device.type != "cuda":
         return None
-    from ..attention import cuda_build
+    from ..kernels import cuda_build
 
     try:
         made = cuda_build.library("tiles", None, None, device.index)

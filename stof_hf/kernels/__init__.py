@@ -1,0 +1,1 @@
+"""How csrc is compiled: at first use, ahead of time, or into a wheel."""

@@ -34,7 +34,7 @@ def test_closed_form_at_131072_tokens(builder):
     _, mib, masks = measure(setup, work, 512, 131072)
     assert mib < 64
     for name, seconds, nbytes in masks:
-        assert seconds < 1, name
+        assert seconds < (1 if builder == "host library" else 4), name
         assert nbytes < 16 << 20, name
 
 

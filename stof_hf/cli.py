@@ -237,6 +237,19 @@ def bench_attention(
         raise typer.Exit(1)
 
 
+@bench_app.command("roofline")
+def bench_roofline(
+    results: Annotated[Path, typer.Argument(help="What stof bench attention --json saved.")],
+    picture: Annotated[Path, typer.Argument(help="Save the picture here.")],
+) -> None:
+    """Draw how near the cells of a result file come to what the GPU can do."""
+    from .bench.attention import load
+    from .bench.roofline import roofline
+
+    for mask, share in roofline(load(results), picture).items():
+        console.print(f"{mask}: {share:.0%} of the roof from 1024 tokens on", highlight=False)
+
+
 @bench_app.command("masks")
 def bench_masks(
     patterns: Annotated[

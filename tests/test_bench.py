@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from stof_hf.bench import attention as bench
-from stof_hf.bench import building, contestants, plot, summary
+from stof_hf.bench import building, contestants, plot, roofline, summary
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Contestant, Problem
 from stof_hf.bench.masks import MASKS, bench_mask
-from stof_hf.errors import MaskError, StofError
+from stof_hf.errors import MaskError, StofError, UnsupportedError
 from stof_hf.kernels import jit
 
 CPU = torch.device("cpu")
@@ -206,3 +206,15 @@ def test_mask_building_is_measured(name):
 def test_plot_is_saved(results, tmp_path):
     plot.plot(results, tmp_path / "pictures" / "attention.png")
     assert (tmp_path / "pictures" / "attention.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_roofline_is_drawn(results, tmp_path, monkeypatch):
+    picture = tmp_path / "pictures" / "roofline.png"
+    with pytest.raises(UnsupportedError, match="roofs of"):
+        roofline.roofline(results, picture)
+    monkeypatch.setitem(roofline.ROOFS, results["device"], (1e12, 1e11))
+    reach = roofline.roofline(results, picture)
+    assert picture.read_bytes()[1:4] == b"PNG"
+    # 5 % of 4096 x 4096 pairs in 10 us; memory is the lower roof: 64 KB a row and head.
+    flop, size = 4 * 12 * 64 * 0.05 * 4096**2, 4 * 12 * 4096 * 64 * 2
+    assert reach == {"longformer": pytest.approx(flop / 10e-6 / min(1e12, 1e11 * flop / size))}

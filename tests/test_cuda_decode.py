@@ -182,6 +182,14 @@ def test_rows_that_are_not_aligned_are_computed_elsewhere():
         torch.testing.assert_close(out.double(), want, atol=4e-3, rtol=4e-3)
 
 
+def test_keys_that_batch_elements_share_without_a_copy():
+    q, k, v = make(3, 8, 2, 1, 300, 64, torch.float16)
+    k, v = (x[:1].expand(3, -1, -1, -1) for x in (k, v))
+    want, _ = reference_attention(q, k, v, None, scale=0.2, softcap=0.0, bias=None, sinks=None)
+    out = attention(q, k, v, None, scale=0.2)
+    torch.testing.assert_close(out.double(), want, atol=4e-3, rtol=4e-3)
+
+
 def test_decoding_uses_this_kernel():
     from stof_hf.attention.cuda_decode import DecodeCall
 

@@ -33,7 +33,7 @@ def prepare(
     taken = (
         q.shape[2] <= DECODE_ROWS and k.shape[2] <= _MOST_KEYS and v.shape[3] == q.shape[3]
         and kernel("decode", q.shape[3], q.dtype, capability) is not None
-        and all(x.stride(i) % 8 == 0 for x in (q, k, v) for i in range(3))
+        and all(x.stride(i) > 0 and x.stride(i) % 8 == 0 for x in (q, k, v) for i in range(3))
         and not any(x.data_ptr() % 16 for x in (q, k, v))
         and (bias is None or bias.dtype in BIAS_DTYPES)
         and (q.shape[3] <= 128 or select.shared_memory(q.device) >= _LARGE_HEADS)

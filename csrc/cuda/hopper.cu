@@ -33,7 +33,7 @@ struct Info {
 template <int D>
 struct Config {
   static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
-  static constexpr int kStages = D == 64 ? 4 : 4;
+  static constexpr int kStages = 4;
   static constexpr int kQueries = 2;  // buffers
   static constexpr int kBlocks = D == 64 ? 2 : 1;  // a multiprocessor
   // Whether a warpgroup computes its softmax while its own product runs: with four warpgroups on a
@@ -424,17 +424,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
     // Half 0 has the result of both where they share a row tile.
     const bool stores = active && !(paired && half == 1);
     if (stores && slot >= 0) {
-      const int own = slot + (a.two_heads || paired ? 0 : half);
-      float* part = a.part + (pair * a.plan.slots + own) * (kTile * (D + 2));
-#pragma unroll
-      for (int i = 0; i < D / 2; i += 4)
-        reinterpret_cast<float4*>(part)[i / 4 * 128 + thread] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
-      if (lane % 4 == 0)
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          part[kTile * D + own_row + 8 * r] = softmax.m[r];
-          part[kTile * D + kTile + own_row + 8 * r] = softmax.l[r];
-        }
+      store_piece<D>(a, pair, slot + (a.two_heads || paired ? 0 : half), o, softmax);
     } else if (stores) {
       finish(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse + pair * a.q_len);
       if (tile >= 0) {

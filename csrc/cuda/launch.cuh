@@ -76,9 +76,6 @@ class Launcher {
     if (error != cudaSuccess) return error;
     // Code made for an older architecture does not wait for the kernels in front of it.
     hopper_ = attributes.ptxVersion >= 90;
-    // Clusters of more than 8 blocks, where the GPU allows them.
-    if (hopper_) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
-    if (error != cudaSuccess) return error;
     if (device < kDevices) ready_[device] = true;
     return cudaSuccess;
   }

@@ -10,6 +10,23 @@
 
 namespace stof {
 
+// Stores the piece `slot` of a head's rows; `pair` counts heads of all batch elements. Thread of 128 by thread.
+template <int D>
+__device__ __forceinline__ void store_piece(const Arguments& a, int64_t pair, int slot, const float (&o)[D / 2],
+                                            const Softmax& softmax) {
+  const int thread = threadIdx.x % 128, lane = thread % 32, own_row = thread / 32 * 16 + lane / 4;
+  float* part = a.part + (pair * a.plan.slots + slot) * (kTile * (D + 2));
+#pragma unroll
+  for (int i = 0; i < D / 2; i += 4)
+    reinterpret_cast<float4*>(part)[i / 4 * 128 + thread] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
+  if (lane % 4 == 0)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      part[kTile * D + own_row + 8 * r] = softmax.m[r];
+      part[kTile * D + kTile + own_row + 8 * r] = softmax.l[r];
+    }
+}
+
 // One process loads many libraries: each has a merge_kernel of its own.
 namespace {
 

@@ -405,17 +405,7 @@ __global__ void __launch_bounds__(kConsumers, Config<D>::kBlocks)
       const int batch = item.batch, head = item.head + (a.two_heads ? half : 0), slot = item.word[kSlot];
       const int64_t pair = (int64_t)batch * a.heads + head;
       if (slot >= 0) {
-        const int own = slot + (a.two_heads || paired ? 0 : half);
-        float* part = a.part + (pair * a.plan.slots + own) * (kTile * (D + 2));
-#pragma unroll
-        for (int i = 0; i < D / 2; i += 4)
-          reinterpret_cast<float4*>(part)[i / 4 * 128 + thread] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
-        if (lane % 4 == 0)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            part[kTile * D + own_row + 8 * r] = softmax.m[r];
-            part[kTile * D + kTile + own_row + 8 * r] = softmax.l[r];
-          }
+        store_piece<D>(a, pair, slot + (a.two_heads || paired ? 0 : half), o, softmax);
       } else {
         int rows[2];
         find_rows(rows);

@@ -6,15 +6,13 @@ a call hands its tensors and that struct to the binding, which allocates the out
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from ..kernels.cuda_kernels import kernel
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import select
-from .cuda_problem import BIAS_DTYPES, PLAN, Problem, kernel_function
+from .cuda_problem import BIAS_DTYPES, PLAN, Call, aligned
 from .granules import granule_plan
 
 
@@ -45,13 +43,12 @@ def families(
     found = [name for name in ("hopper", "sm80") if kernel(name, dim, q.dtype, capability)]
     by_boxes = (
         v.shape[3] == q.shape[3] and scale > 0 and softcap == 0 and bias is None
-        and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
-        and all(x.stride(i) > 0 and x.stride(i) % 8 == 0 for x in (q, k, v) for i in range(3))
+        and aligned(q, k, v)
     )  # fmt: skip
     return found if by_boxes else [name for name in found if name != "hopper"]
 
 
-class BlockCall:
+class BlockCall(Call):
     """A prepared call of a block-wise kernel; `family` is one of `families`."""
 
     def __init__(
@@ -62,9 +59,7 @@ class BlockCall:
         batch, heads, q_len, head_dim = q.shape
         kv_heads, kv_len, value_dim = v.shape[1:]
         dim = max(head_dim, value_dim)
-        self.function = kernel_function(family, dim, q)
-        self.run = torch.ops.stof_cuda.run.default
-        self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
+        super().__init__(family, dim, q, k, v, mask, bias, sinks, scale, softcap)
         if config is None:
             config = select.cuda_config(q, k, v, mask)
         copies = batch * heads // (2 if config.two_heads else 1)
@@ -73,8 +68,7 @@ class BlockCall:
         together = min(copies, max(1, config.l2_bytes // per_copy))
         plan = granule_plan(mask, config.layout, copies, config.workers, together)
         n_items = plan.items.shape[1]
-        p = Problem()
-        p.describe(q, k, v, mask, scale, softcap, bias)
+        p = self.problem
         p.grid = min(config.workers, n_items * copies)
         p.two_heads = config.two_heads
         p.workspace_bytes = batch * heads * plan.slots * TILE * (dim + 2) * 4
@@ -84,15 +78,5 @@ class BlockCall:
         p.plan.n_queue, p.plan.slots = len(plan.queue) or n_items * copies, plan.slots
         if not len(plan.queue):
             p.plan.queue = None
-        self.problem, self.address = p, ctypes.addressof(p)
         # The problem holds their addresses.
         self.kept = (plan, mask.pattern_id)
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if self.casts_sinks:
-            sinks = sinks.float()
-        tensors = (q, k, v, mask.kv_valid, bias, sinks, None, None)
-        return self.run(*tensors, self.function, self.address)

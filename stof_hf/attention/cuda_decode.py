@@ -6,14 +6,12 @@ and column, told by ints or by tensors on the device.
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
 from ..kernels.cuda_kernels import kernel
 from ..masks.sparse_mask import SparseMask
 from . import calls, select
-from .cuda_problem import BIAS_DTYPES, MASK, Problem, kernel_function
+from .cuda_problem import BIAS_DTYPES, MASK, Call, aligned
 from .select import DECODE_ROWS
 
 _MOST_KEYS = 1_000_000
@@ -33,15 +31,14 @@ def prepare(
     taken = (
         q.shape[2] <= DECODE_ROWS and k.shape[2] <= _MOST_KEYS and v.shape[3] == q.shape[3]
         and kernel("decode", q.shape[3], q.dtype, capability) is not None
-        and all(x.stride(i) > 0 and x.stride(i) % 8 == 0 for x in (q, k, v) for i in range(3))
-        and not any(x.data_ptr() % 16 for x in (q, k, v))
+        and aligned(q, k, v)
         and (bias is None or bias.dtype in BIAS_DTYPES)
         and (q.shape[3] <= 128 or select.shared_memory(q.device) >= _LARGE_HEADS)
     )  # fmt: skip
     return DecodeCall(q, k, v, mask, bias, sinks, scale, softcap) if taken else None
 
 
-class DecodeCall:
+class DecodeCall(Call):
     """A prepared call of the decode kernel."""
 
     def __init__(
@@ -49,12 +46,8 @@ class DecodeCall:
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         splits: int | None = None,
     ):  # fmt: skip
-        self.function = kernel_function("decode", q.shape[3], q)
-        self.run = torch.ops.stof_cuda.run.default
-        self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
-        self.starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
-        p = Problem()
-        p.describe(q, k, v, mask, scale, softcap, bias)
+        super().__init__("decode", q.shape[3], q, k, v, mask, bias, sinks, scale, softcap)
+        p = self.problem
         p.splits = splits or select.decode_splits(q, k, mask)
         rows = p.batch * p.heads * p.q_len
         p.workspace_bytes = 0 if p.splits == 1 else rows * p.splits * (p.head_dim + 2) * 4
@@ -64,18 +57,5 @@ class DecodeCall:
             p.mask.tile_rows = mask.row_ptr.shape[1] - 1
             for name, on_device in zip(("row_start", "col_start"), self.starts, strict=True):
                 setattr(p.mask, name, 0 if on_device else getattr(mask, name))
-        self.problem, self.address = p, ctypes.addressof(p)
         # The problem holds their addresses.
         self.kept = tuple(getattr(mask, name) for name in (*MASK, "pattern_id"))
-
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-        if self.casts_sinks:
-            sinks = sinks.float()
-        row_start = mask.row_start if self.starts[0] else None
-        col_start = mask.col_start if self.starts[1] else None
-        return self.run(
-            q, k, v, mask.kv_valid, bias, sinks, row_start, col_start, self.function, self.address
-        )

@@ -86,13 +86,51 @@ class Problem(ctypes.Structure):
             self.plan.pattern_head = 1 if ids.shape[1] > 1 else 0
 
 
-def kernel_function(family: str, dim: int, q: torch.Tensor) -> int:
-    """Address of a family's function for a head size and the dtype of `q`; registers the op.
+class Call:
+    """A prepared call of a kernel; the subclass fills in the rest of `problem`.
 
-    Raises BuildError where the kernels cannot be built.
+    Args:
+        family, dim: the kernel, and the head size that it was compiled for.
+
+    Raises BuildError where the kernel cannot be built.
     """
-    kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
-    if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
-        raise BuildError("csrc/cuda/problem.h and stof_hf/attention/cuda_problem.py do not agree")
-    cuda_build.binding()
-    return ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
+
+    def __init__(
+        self, family: str, dim: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        mask: SparseMask, bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float,
+        softcap: float,
+    ):  # fmt: skip
+        kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
+        if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
+            raise BuildError(
+                "csrc/cuda/problem.h and stof_hf/attention/cuda_problem.py do not agree"
+            )
+        cuda_build.binding()
+        self.run = torch.ops.stof_cuda.run.default
+        self.function = ctypes.cast(kernels.stof_run, ctypes.c_void_p).value
+        self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
+        self.starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
+        self.problem = Problem()
+        self.problem.describe(q, k, v, mask, scale, softcap, bias)
+        self.address = ctypes.addressof(self.problem)
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        if self.casts_sinks:
+            sinks = sinks.float()
+        row_start = mask.row_start if self.starts[0] else None
+        col_start = mask.col_start if self.starts[1] else None
+        return self.run(
+            q, k, v, mask.kv_valid, bias, sinks, row_start, col_start, self.function, self.address
+        )
+
+
+def aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row of tensors of 2-byte elements begins at a multiple of 16 bytes, and no
+    stride of 0 stands for elements that are not there: what the copy engine asks for."""
+    return all(
+        x.data_ptr() % 16 == 0 and all(x.stride(i) > 0 and x.stride(i) % 8 == 0 for i in range(3))
+        for x in tensors
+    )

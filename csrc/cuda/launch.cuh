@@ -33,10 +33,12 @@ __device__ __forceinline__ int blocks_of_cluster() {
 #endif
 }
 
-// A barrier of all threads of a cluster: what was written before it is seen after it.
+// A barrier of all threads of a cluster, after which their barriers are ready (fence_barrier_init) and what
+// they have read may be overwritten. It does not show what they wrote: a release would wait until the whole
+// GPU sees that.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {

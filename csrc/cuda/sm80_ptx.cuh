@@ -27,6 +27,15 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
 }
 
+// A barrier of some of a block's threads, the others of which do not come here.
+template <int Threads>
+__device__ __forceinline__ void sync_part() {
+  if constexpr (Threads == 32)
+    __syncwarp();
+  else
+    asm volatile("bar.sync 1, %0;" ::"n"(Threads) : "memory");
+}
+
 // A load of what does not change, here and not where the compiler sees it first used.
 __device__ __forceinline__ uint32_t load_early(const uint32_t* from) {
   uint32_t x;
@@ -52,6 +61,13 @@ __device__ __forceinline__ void load_transposed(uint32_t (&x)[4], uint32_t row) 
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
                : "r"(row)
                : "memory");
+}
+
+// An 8 x 8 matrix of 2-byte elements, of which lane l holds those at 2 (l % 4) of row l / 4, transposed.
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
 }
 
 // d[16 x 8] += a[16 x 16] b[16 x 8].

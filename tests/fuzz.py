@@ -170,12 +170,15 @@ class Case:
 
 def run(number: int) -> tuple[int, list[str], str]:
     """(number, kernels that ran, what went wrong) of a case; none where a pattern does not fit."""
+    case = None
     try:
-        return number, Case(number).run(), ""
+        case = Case(number)
+        return number, case.run(), ""
     except MaskError:
         return number, [], ""
-    except Exception:
-        return number, [], traceback.format_exc(limit=4)
+    except Exception as error:
+        # The whole course of things where no case came to be.
+        return number, [], f"{case}: {error}" if case else traceback.format_exc()
 
 
 def main() -> int:

@@ -159,13 +159,16 @@ def test_rows_that_are_not_aligned_are_computed_elsewhere():
         torch.testing.assert_close(out.double(), want, atol=4e-3, rtol=4e-3)
 
 
-def test_errors_are_those_of_sdpa():
-    q, k, v = make(2, 4, 4, 1024, 1024, 64, torch.float16)
+@pytest.mark.parametrize("sharpness", [1, 2, 3, 5])
+@pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (128, torch.bfloat16)])
+def test_errors_are_those_of_sdpa(dim, dtype, sharpness):
+    """Also where few keys take most of the weight, and maxima that lag behind make a difference."""
+    q, k, v = make(2, 4, 4, 1024, 1024, dim, dtype)
     mask = SparseMask.from_pattern(patterns.Longformer(64, (0, 1, 2)), 1024, device="cuda")
-    dense = mask.to_dense()
-    want, _ = reference_attention(q, k, v, dense, scale=0.125, softcap=0.0, bias=None, sinks=None)
-    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense)
-    ours = attention(q, k, v, mask)
+    dense, scale = mask.to_dense(), sharpness * dim**-0.5
+    want, _ = reference_attention(q, k, v, dense, scale=scale, softcap=0.0, bias=None, sinks=None)
+    sdpa = torch.nn.functional.scaled_dot_product_attention(q, k, v, dense, scale=scale)
+    ours = attention(q, k, v, mask, scale=scale)
     mine, theirs = ((x.double() - want).square().mean().sqrt() for x in (ours, sdpa))
     assert mine <= 1.1 * theirs
 

@@ -24,8 +24,7 @@ SPILL_BUDGET: dict[str, int] = {
     f"{family}-{head_dim}-{dtype}-{architecture}": spilled
     for family, architectures, by_head_dim in (
         ("sm80", ("sm_80", "sm_86", "sm_89", "sm_120"), {64: 40, 96: 8, 128: 8, 256: 40}),
-        ("decode", ("sm_80",), {64: 40, 80: 8, 96: 104, 256: 708}),
-        ("decode", ("sm_90",), {64: 16, 96: 12, 128: 480, 256: 2332}),
+        ("decode", ("sm_80",), {256: 188}),
     )
     for head_dim, spilled in by_head_dim.items()
     for dtype in ("float16", "bfloat16")

@@ -5,6 +5,7 @@ import torch
 
 from stof_hf import SparseMask, patterns
 from stof_hf.attention import cuda, select
+from stof_hf.errors import UnsupportedError
 
 MASK = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 500)
 
@@ -63,3 +64,47 @@ def test_hopper_gpus_leave_to_triton_what_their_own_kernel_does_not_compute(monk
     monkeypatch.setattr(select, "_capability", lambda device: (9, 0))
     assert select.block_kernel(["sm80"], q, q, q, MASK, None, 30.0) is None
     assert select.block_kernel(["hopper", "sm80"], q, q, q, MASK, None, 0.0) == "hopper"
+
+
+#: Shared memory of a block of an H100 or H200, and of an RTX 4090.
+LARGE, SMALL = 227 << 10, 99 << 10
+
+
+@pytest.mark.parametrize(
+    "heads, kv_heads, dim, dtype, memory, most",
+    [
+        # What Triton 3.6 takes: 270,336 bytes for 64 rows in two stages, with a mask and padding.
+        (15, 3, 256, torch.float32, LARGE, (6, 32, 2)),
+        (16, 1, 256, torch.float32, SMALL, (2, 32, 1)),
+        # 106,496 bytes in three stages.
+        (8, 2, 128, torch.float16, SMALL, (16, 64, 1)),
+        # 131,080 bytes in three stages, 81,920 in one.
+        (71, 1, 64, torch.float32, SMALL, (1, 64, 1)),
+        (32, 8, 128, torch.bfloat16, LARGE, (16, 64, 3)),
+    ],
+)
+def test_row_wise_blocks_fit_into_shared_memory(
+    monkeypatch, heads, kv_heads, dim, dtype, memory, most
+):
+    monkeypatch.setattr(select, "shared_memory", lambda device: memory)
+    q, k = (torch.empty(1, n, 500, dim, dtype=dtype) for n in (heads, kv_heads))
+    config = select.row_config(q, k, dim)
+    assert (config.take, config.keys, config.stages) == most
+
+
+def test_row_wise_blocks_that_cannot_fit(monkeypatch):
+    monkeypatch.setattr(select, "shared_memory", lambda device: SMALL)
+    q, k = (torch.empty(1, n, 1, 256) for n in (40, 1))
+    with pytest.raises(UnsupportedError, match="use fp16 or bf16"):
+        select.row_config(q, k, 256)
+
+
+@pytest.mark.parametrize(
+    "pattern, splits", [(patterns.Full(), 8), (patterns.SlidingWindow(1023, 0), 6)]
+)
+def test_pieces_of_a_decode_step_are_of_what_its_row_sees(monkeypatch, pattern, splits):
+    monkeypatch.setattr(select, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(select, "multiprocessors", lambda device: 132)
+    q, k = (torch.empty(1, n, 1, 128, dtype=torch.float16, device="meta").expand(1, n, s, 128)
+            for n, s in ((32, 1), (8, 16384)))  # fmt: skip
+    assert select.decode_splits(q, k, SparseMask.from_pattern(pattern, 16384)) == splits

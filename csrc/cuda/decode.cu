@@ -822,9 +822,8 @@ const char* launch(Call& call, cudaStream_t stream) {
     if (most >= kNeeded && is_hopper(p.device)) {
       const Encode encode = find_encode();
       if (!encode) return kNoEncode;
-      constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B;
-      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile, kPromotion) ||
-          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile, kPromotion))
+      if (!make_map<T>(call.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, kTile) ||
+          !make_map<T>(call.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, kTile))
         return kNoMap;
       return launch<T, D, RowTiles, RowWarps, General, true, kDeep>(call, stream);
     }
@@ -845,7 +844,7 @@ const char* run(const Problem& p, cudaStream_t stream) {
   // Running maxima are kept of unscaled scores: a scale must not make differences of them vanish.
   const bool general = p.softcap != 0 || p.bias || !(p.scale > 1e-30);
   if (general) call.scale = 1;
-  call.slack = 8 / call.scale;
+  call.slack = kSlack / call.scale;
   const int64_t rows = p.q_len * call.pack.by;
   if (rows <= 8) return general ? launch<T, D, 1, 1, true>(call, stream) : launch<T, D, 1, 1, false>(call, stream);
   if (rows <= 16) return general ? launch<T, D, 2, 1, true>(call, stream) : launch<T, D, 2, 1, false>(call, stream);

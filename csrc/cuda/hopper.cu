@@ -239,7 +239,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
   constexpr int kChunkBytes = kTile * 64 * (int)sizeof(T);
   const int half = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4;
-  const float scale = a.scale, slack = 8.f / scale;
+  const float scale = a.scale, slack = kSlack / scale;
   Ring<C::kStages> stage;
   Ring<C::kQueries> q;
   auto release = [&](int at) {

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import BuildError, StofWarning, UnsupportedError
+from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
@@ -221,32 +223,57 @@ def _predicted(name: str, q: torch.Tensor, mask: SparseMask) -> float:
 
 
 def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
-    """Split of the row-wise kernel: enough programs to fill the device, no piece under 128 keys."""
+    """Split of the Triton row-wise kernel: enough programs to fill the device, no piece under 128
+    keys, and no more in shared memory than there is.
+
+    Args:
+        dim: head size padded to a power of 2.
+
+    Raises UnsupportedError where the heads that share keys do not fit into shared memory.
+    """
     batch, heads, q_len, _ = q.shape
-    kv_heads, kv_len = k.shape[1], k.shape[2]
-    take = max(1, min(q_len, 64 * kv_heads // heads))
-    roomy = has_much_shared_memory(q.device)
-    large = dim > 128 or (q.dtype == torch.float32 and dim > 64)
-    keys = 32 if large and not (roomy and q.itemsize == 2) else 64
+    kv_heads, kv_len, group = k.shape[1], k.shape[2], heads // k.shape[1]
+    exact, roomy = q.dtype == torch.float32, has_much_shared_memory(q.device)
+    take = max(1, min(q_len, (32 if exact and dim > 128 else 64) // group))
+    rows = max(16, 1 << (take * group - 1).bit_length())
+    large = dim > 128 or (exact and dim > 64)
+    keys = 32 if large and not (roomy and not exact) else 64
+    stages = 3 if not large else 2 if roomy else 1
+    # Of fp32 queries that warpgroups multiply, the rounded part and the rest. Each further stage
+    # holds the tiles that the steps' elements lie in, too: what Triton 3.6 was seen to take.
+    queries = rows * dim * q.itemsize * (2 if exact and rows >= 64 else 1)
+
+    def taken() -> int:
+        return queries + stages * 2 * keys * dim * q.itemsize + (stages - 1) * rows * keys * 8
+
+    while taken() > shared_memory(q.device):
+        if stages > 1:
+            stages -= 1
+        elif keys > 16:
+            keys //= 2
+        else:
+            raise UnsupportedError(
+                f"{group} heads of size {q.shape[3]} that share keys do not fit into shared memory "
+                f'as {q.dtype}: use fp16 or bf16, or attn_implementation="sdpa"'
+            )
     programs = -(-q_len // take) * batch * kv_heads
     wanted = -(-4 * multiprocessors(q.device) // programs)
     splits = max(1, min(wanted, kv_len // 128, 128))
     keys_per_split = -(-kv_len // splits // keys) * keys
-    stages = 3 if not large else 2 if roomy else 1
     return RowConfig(take, keys, -(-kv_len // keys_per_split), keys_per_split, stages)
 
 
 def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
     """Into how many pieces the CUDA decode kernel cuts the keys of a row: what ends soonest.
 
-    A block begins and ends in about 2.5 us and computes a tile of 64 keys in 0.6; all blocks
+    A block begins and ends in about 2.5 us and computes a tile of 64 keys in 0.44; all blocks
     together read 4.6 TB/s. The pieces of a row are combined by a cluster of up to 8 blocks in about
-    1.5 us, by a second kernel in about 4 (measured on an H200).
+    1.5 us, by a second kernel in about 3.3 (measured on an H200).
     """
     batch, heads, q_len, dim = q.shape
     group = 1 if len(mask.row_ptr) > 1 and mask.pattern_id.shape[1] > 1 else heads // k.shape[1]
     blocks = batch * (heads // group) * -(-q_len * group // 64)
-    tiles, tile_bytes = -(-k.shape[2] // 64), 64 * 2 * dim * k.itemsize
+    tiles, tile_bytes = min(-(-k.shape[2] // 64), _longest_row(mask)), 64 * 2 * dim * k.itemsize
     workers = multiprocessors(q.device)
     in_clusters = 8 if _capability(q.device)[0] >= 9 else 1
 
@@ -254,10 +281,21 @@ def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
         waves = -(-blocks * splits // workers)
         share = -(-tiles // splits)
         reading = share * tile_bytes * min(blocks * splits, workers) / 4.6e6
-        combining = 0.0 if splits == 1 else 1.5 if splits <= in_clusters else 4.0
-        return waves * (2.5 + max(0.6 * share, reading)) + combining
+        combining = 0.0 if splits == 1 else 1.5 if splits <= in_clusters else 3.3
+        return waves * (2.5 + max(0.44 * share, reading)) + combining
 
-    return min(range(1, min(tiles, 256) + 1), key=us)
+    return min(range(1, max(2, min(tiles, 256) + 1)), key=us)
+
+
+def _longest_row(mask: SparseMask) -> int:
+    """The most key tiles that a row of tiles holds, or all of them where only the device knows."""
+    if "longest row" not in mask.plans:
+        if "host_runs" not in mask.plans:
+            return -(-mask.kv_len // TILE)
+        ptr, _, length, _ = mask.host_runs()
+        before = np.concatenate(([0], np.cumsum(length)))
+        mask.plans["longest row"] = int(np.diff(before[ptr]).max(initial=0))
+    return mask.plans["longest row"]
 
 
 @lru_cache

@@ -223,28 +223,39 @@ def _measure_cell(
     problem = Problem.make(cell, mask, device)
     reference = problem.reference()
     record["kept_percent"] = round(mask.kept_percent(device), 2)
-    for contestant in missing:
-        try:
-            result = _measure(contestant, problem, reference)
-        except Exception as error:
-            result = {"status": "error", "error": _describe(error)}
-        if contestant.name == "stof":
-            result["sources"] = source_hash()
-        record["results"][contestant.name] = result
-        if device.type == "cuda":
+    results, captured = record["results"], {}
+    try:
+        for contestant in missing:
+            name = contestant.name
             try:
+                results[name] = _measure(contestant, problem, reference, captured)
+            except Exception as error:
+                results[name] = {"status": "error", "error": _describe(error)}
+            if name == "stof":
+                results[name]["sources"] = source_hash()
+            if device.type == "cuda":
                 torch.cuda.synchronize()
-            except RuntimeError as error:
-                reason = _describe(error)
-                record["results"][contestant.name] = {"status": "error", "error": reason}
-                raise StofError(
-                    f"{contestant.name} on {cell} left the GPU unusable: {reason}. What was "
-                    "measured is saved; the same command again goes on behind it."
-                ) from error
-            torch.cuda.empty_cache()
+                torch.cuda.empty_cache()
+        times = timing.replay_times_us([*captured.values()])
+    except RuntimeError as error:
+        reason = _describe(error)
+        results[name] = {"status": "error", "error": reason}
+        # The others' GPU time was still to come.
+        for other in captured.keys() - {name}:
+            del results[other]
+        raise StofError(
+            f"{name} on {cell} left the GPU unusable: {reason}. What was measured is saved; the "
+            "same command again goes on behind it."
+        ) from error
+    for name, time_us in zip(captured, times, strict=True):
+        results[name]["time_us"] = round(time_us, 3)
 
 
-def _measure(contestant: Contestant, problem: Problem, reference: torch.Tensor) -> Record:
+def _measure(
+    contestant: Contestant, problem: Problem, reference: torch.Tensor,
+    captured: dict[str, timing.CapturedCall],
+) -> Record:  # fmt: skip
+    """All but the GPU time, which needs what is put into `captured`."""
     device, result = problem.device, {"status": "ok"}
     mask = contestant.build(problem) if contestant.build else None
     with contestant.prepare(problem, mask) as call:
@@ -258,7 +269,9 @@ def _measure(contestant: Contestant, problem: Problem, reference: torch.Tensor) 
         if device.type == "cuda":
             result["peak_mb"] = round(timing.peak_memory_mb(call), 2)
             result["host_us"] = round(timing.host_time_us(call), 2)
-        result["time_us"] = round(timing.call_time_us(call, device), 3)
+            captured[contestant.name] = timing.CapturedCall(call)
+        else:
+            result["time_us"] = round(timing.call_time_us(call, device), 3)
     if contestant.build:
         build = contestant.build
         result["build_ms"] = round(timing.build_time_ms(lambda: build(problem), device), 3)

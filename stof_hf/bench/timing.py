@@ -6,13 +6,16 @@ import gc
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["build_time_ms", "call_time_us", "host_peak_mb", "host_time_us", "peak_memory_mb"]
+__all__ = [
+    "CapturedCall", "build_time_ms", "call_time_us", "host_peak_mb", "host_time_us",
+    "peak_memory_mb", "replay_times_us",
+]  # fmt: skip
 
 Call = Callable[[], Any]
 
@@ -20,41 +23,63 @@ Call = Callable[[], Any]
 def call_time_us(call: Call, device: torch.device) -> float:
     """Device time of one call in microseconds.
 
-    CUDA: several calls in one CUDA graph, median of queued replays, so no launch gap is counted.
-    CPU: median wall clock of at least 5 calls and 0.2 s.
+    CUDA: see `replay_times_us`. CPU: median wall clock of at least 5 calls and 0.2 s.
     """
-    return _graph_time_us(call) if device.type == "cuda" else _wall_time_us(call)
+    if device.type == "cuda":
+        return replay_times_us([CapturedCall(call)])[0]
+    return _wall_time_us(call)
 
 
-def _graph_time_us(call: Call) -> float:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
+class CapturedCall:
+    """A CUDA graph of a call, repeated where it is short. What it returns is thrown away."""
+
+    def __init__(self, call: Call):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
             call()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    once_ms = begin.elapsed_time(end)
-    calls = 25 if once_ms < 0.4 else 5 if once_ms < 4 else 1
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
-    graph.replay()
-    replays = 20 if once_ms < 4 else 8
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
-    del graph
-    return statistics.median(times) * 1000 / calls
+            end.record()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        once_ms = begin.elapsed_time(end)
+        self.call = call  # The graph knows the addresses of its tensors only.
+        self.calls = 25 if once_ms < 0.4 else 5 if once_ms < 4 else 1
+        self.replays = 20 if once_ms < 4 else 8
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for _ in range(self.calls):
+                call()
+
+    def times_ms(self, replays: int) -> list[float]:
+        """Of each replay; they are queued, so that no launch gap is counted."""
+        self.graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
+        events[0].record()
+        for event in events[1:]:
+            self.graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+
+
+def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
+    """Device time of one of each of the calls in microseconds: the median of 20 replays, 8 of calls
+    that take 4 ms or more.
+
+    The calls take turns, so that a clock that falls as the GPU warms up favours none of them.
+    """
+    turns = 4
+    times: list[list[float]] = [[] for _ in captured]
+    for _ in range(turns):
+        for one, own in zip(captured, times, strict=True):
+            own += one.times_ms(one.replays // turns)
+    return [
+        statistics.median(own) * 1000 / one.calls for one, own in zip(captured, times, strict=True)
+    ]
 
 
 def _wall_time_us(call: Call) -> float:

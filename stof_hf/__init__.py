@@ -1,6 +1,7 @@
 """Sparse attention masks that make Hugging Face Transformers faster.
 
-Importing the package registers ``attn_implementation="stof"`` with Transformers:
+Importing the package registers ``attn_implementation="stof"`` with Transformers, as soon as that is
+imported too:
 
     import stof_hf
     model = AutoModel.from_pretrained(name, attn_implementation="stof")
@@ -9,8 +10,11 @@ Importing the package registers ``attn_implementation="stof"`` with Transformers
 
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-from stof_hf import attention, hf
+import wrapt
+
+from stof_hf import attention
 from stof_hf.errors import BuildError, MaskError, StofError, StofWarning, UnsupportedError
 
 __version__ = "0.1.0"
@@ -57,4 +61,8 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-hf.register()
+@wrapt.when_imported("transformers.modeling_utils")
+def _register(_: ModuleType) -> None:
+    from stof_hf.hf import register
+
+    register()

@@ -100,18 +100,33 @@ def test_source_tree_on_pythonpath(tree):
 
 
 def test_import_is_cheap():
-    """At most 0.3 s beyond torch and the attention interface, and no heavy library."""
+    """To the first result at most 1 s beyond torch, and no heavy library."""
     code = (
-        "import sys, time, torch; from transformers import AttentionInterface; "
-        "before = set(sys.modules); begin = time.perf_counter(); import stof_hf; "
+        "import sys, time, torch; before = set(sys.modules); begin = time.perf_counter(); "
+        "import stof_hf as s; x = torch.zeros(1, 1, 64, 32); "
+        "s.attention(x, x, x, s.SparseMask.from_pattern(s.patterns.Causal(), 64));"
         "print(time.perf_counter() - begin, torch.cuda.is_initialized(), "
+        "'torch._dynamo' in sys.modules, "
         "*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
     )
     runs = [python(code).split() for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in runs) <= 0.3
-    _, initialized, *loaded = runs[0]
-    assert initialized == "False"
-    assert not {"triton", "matplotlib", "datasets", "typer", "rich"} & set(loaded)
+    assert min(float(seconds) for seconds, *_ in runs) <= 1
+    _, initialized, dynamo, *loaded = runs[0]
+    assert initialized == dynamo == "False"
+    heavy = {"transformers", "triton", "matplotlib", "datasets", "typer", "rich", "scipy"}
+    assert not heavy & set(loaded)
+
+
+@pytest.mark.parametrize("order", ["import stof_hf, transformers", "import transformers, stof_hf"])
+def test_registers_with_transformers_that_is_imported_before_or_after(order):
+    code = (
+        f"{order}; from transformers import AttentionInterface; "
+        "print({'stof', 'paged|stof'} <= set(AttentionInterface()))"
+    )
+    assert python(code).strip() == "True"
+    # Whoever has it already is served at once.
+    code = "from transformers import AttentionInterface as A; import stof_hf; print('stof' in A())"
+    assert python(code).strip() == "True"
 
 
 def test_public_names_resolve():

@@ -49,8 +49,6 @@ def _prepare(
     with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, *rest: Any
 ) -> Any:
     """The call as CUDA or Triton kernels or PyTorch compute it; see `calls.forward`."""
-    from . import triton
-
     *options, on_device = rest
     if use_row_wise(q, q.shape[3], mask):
         call = _prepare_decode(q, k, v, mask, *options)
@@ -60,6 +58,8 @@ def _prepare(
         call = _prepare_native(with_lse, q, k, v, mask, *options)
     if call is not None:
         return call
+    from . import triton
+
     return triton.prepare(q, k, v, mask, *rest)
 
 

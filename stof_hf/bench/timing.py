@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import re
 import statistics
 import time
@@ -45,18 +46,21 @@ class CapturedCall:
             end.record()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        once_ms = begin.elapsed_time(end)
         self.call = call  # The graph knows the addresses of its tensors only.
-        self.calls = 25 if once_ms < 0.4 else 5 if once_ms < 4 else 1
-        self.replays = 20 if once_ms < 4 else 8
+        self.once_ms = begin.elapsed_time(end)
+        self.calls = 25 if self.once_ms < 0.4 else 5 if self.once_ms < 4 else 1
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             for _ in range(self.calls):
                 call()
 
     def times_ms(self, replays: int) -> list[float]:
-        """Of each replay; they are queued, so that no launch gap is counted."""
-        self.graph.replay()
+        """Of each replay; they are queued, so that no launch gap is counted.
+
+        As many more run before as take 30 ms: the clock follows the power that the GPU takes.
+        """
+        for _ in range(max(1, math.ceil(30 / (self.calls * self.once_ms)))):
+            self.graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
         events[0].record()
         for event in events[1:]:
@@ -70,16 +74,12 @@ def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
     """Device time of one of each of the calls in microseconds: the median of 20 replays, 8 of calls
     that take 4 ms or more.
 
-    The calls take turns, so that a clock that falls as the GPU warms up favours none of them.
+    The calls take two turns, the second in reverse: none is favoured by what ran before it.
     """
-    turns = 4
-    times: list[list[float]] = [[] for _ in captured]
-    for _ in range(turns):
-        for one, own in zip(captured, times, strict=True):
-            own += one.times_ms(one.replays // turns)
-    return [
-        statistics.median(own) * 1000 / one.calls for one, own in zip(captured, times, strict=True)
-    ]
+    times: dict[int, list[float]] = {i: [] for i in range(len(captured))}
+    for i in (*times, *reversed(times)):
+        times[i] += captured[i].times_ms(10 if captured[i].once_ms < 4 else 4)
+    return [statistics.median(times[i]) * 1000 / one.calls for i, one in enumerate(captured)]
 
 
 def _wall_time_us(call: Call) -> float:

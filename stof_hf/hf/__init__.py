@@ -1,12 +1,10 @@
 """The integration with Transformers: functions named "stof", and patterns on models."""
 
-from .patching import set_pattern
-
-__all__ = ["register", "set_pattern"]
+__all__ = ["register"]
 
 
 def register() -> None:
-    """Register "stof" with Transformers; `import stof_hf` does. Again, it changes nothing."""
+    """Register "stof" with Transformers; `import stof_hf` sees to it. Again, it changes nothing."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

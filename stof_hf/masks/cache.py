@@ -6,10 +6,10 @@ therefore built once for a round number of positions, and each step gets a view 
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 
 import torch
-import torch._dynamo
 
 from .as_tensor import FEW_ROWS
 from .device import keep
@@ -28,9 +28,10 @@ def _built(
         lambda: SparseMask.from_pattern(pattern, q_len, kv_len, **offsets, device=device), device
     )
     # A compiled step gets these very tensors in every call: CUDA graphs of torch.compile need not
-    # copy them, and what kernels derived from them is found by them.
-    for name in STRUCTURE:
-        torch._dynamo.mark_static_address(getattr(mask, name))
+    # copy them, and what kernels derived from them is found by them. Who compiles has imported it.
+    if "torch._dynamo" in sys.modules:
+        for name in STRUCTURE:
+            torch._dynamo.mark_static_address(getattr(mask, name))
     return mask
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stof_hf import SparseMask, patterns
-from stof_hf.attention import model
+from stof_hf.attention import model, select
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Problem
 from stof_hf.bench.masks import bench_mask
 
@@ -16,7 +16,8 @@ RESULTS = Path(__file__).parents[1] / "benchmarks/results/nvidia-h200/regret.jso
 CPU = torch.device("cpu")
 
 
-def test_the_model_chooses_about_the_best_of_what_was_measured():
+def test_the_model_chooses_about_the_best_of_what_was_measured(monkeypatch):
+    monkeypatch.setattr(select, "multiprocessors", lambda device: 132)
     regrets, masks = [], {}
     for record in json.loads(RESULTS.read_text()):
         cell = Cell(**record["cell"])
@@ -29,11 +30,31 @@ def test_the_model_chooses_about_the_best_of_what_was_measured():
         times = {n: t for n, t in record["times_us"].items() if n != "chosen"}
 
         def predicted(name, cell=cell, mask=masks[key]):
+            if name == "cudnn":
+                q, k = (
+                    torch.empty(cell.batch, heads, cell.seq_len, cell.head_dim, device="meta")
+                    for heads in (cell.heads, cell.kv_heads)
+                )
+                ahead = select.cudnn_is_ahead(q.half(), k.half(), mask, cell.mask == "causal")
+                return 0.0 if ahead else float("inf")
             return model.launch_us(name, mask, cell.batch * cell.heads, cell.head_dim, 2, 132)
 
         regrets.append(times[min(times, key=predicted)] / min(times.values()))
     assert len(regrets) > 100
     assert geometric_mean(regrets) <= 1.05 and max(regrets) <= 1.25
+
+
+def test_cudnn_computes_long_launches_without_a_mask(monkeypatch):
+    monkeypatch.setattr(select, "multiprocessors", lambda device: 132)
+
+    def ahead(batch, length, dim=64, causal=False):
+        q = torch.empty(batch, 12, length, dim, dtype=torch.float16, device="meta")
+        mask = SparseMask.from_pattern(patterns.Causal() if causal else patterns.Full(), length)
+        return select.cudnn_is_ahead(q, q, mask, causal)
+
+    assert not ahead(1, 128) and not ahead(8, 128)
+    assert ahead(1, 4096) and ahead(16, 2048) and ahead(16, 2048, 128)
+    assert not ahead(8, 2048, causal=True) and ahead(16, 4096, causal=True)
 
 
 @pytest.mark.parametrize("name", ["rows", "paired", "heads", "triton"])

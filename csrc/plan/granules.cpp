@@ -9,6 +9,7 @@
 
 #include "../masks/result.h"
 #include "schedule.h"
+#include "work.h"
 
 namespace stof {
 
@@ -25,7 +26,7 @@ class Plan : public Result {
         const bool paired = p.tiles == 2 && at + 1 < ordinary;
         if (!paired) {
           blocks_.push_back(steps_.block(rows_, one, nullptr));
-        } else if (const Rows::Tile& two = rows_.tiles[at + 1]; alike(one, two)) {
+        } else if (const Rows::Tile& two = rows_.tiles[at + 1]; rows_.alike(one, two)) {
           blocks_.push_back(steps_.block(rows_, one, &two));
         } else {
           blocks_.push_back(steps_.block(rows_, one, nullptr));
@@ -58,18 +59,6 @@ class Plan : public Result {
   }
 
  private:
-  // Two tiles share a block only if one would not wait long for the other.
-  bool alike(const Rows::Tile& one, const Rows::Tile& other) const {
-    const int64_t a = visits(one), b = visits(other);
-    return (double)std::abs(a - b) <= 0.3 * (double)(a + b) + 4;
-  }
-
-  int64_t visits(const Rows::Tile& tile) const {
-    int64_t sum = 0;
-    for (int32_t i = tile.first; i < tile.last; ++i) sum += rows_.runs[i].len;
-    return sum;
-  }
-
   Contents contents_;
   Rows rows_;
   Steps steps_;
@@ -87,5 +76,15 @@ extern "C" __attribute__((visibility("default"))) void* stof_plan(const stof::Pl
     return static_cast<stof::Result*>(plan.release());
   } catch (...) {
     return nullptr;
+  }
+}
+
+extern "C" __attribute__((visibility("default"))) bool stof_work(const stof::PlanRequest* request,
+                                                                 stof::Work* work) {
+  try {
+    stof::measure(*request, work);
+    return true;
+  } catch (...) {
+    return false;
   }
 }

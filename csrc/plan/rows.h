@@ -73,6 +73,23 @@ class Contents {
   std::vector<uint8_t> held_, whole_;
 };
 
+// Calls f(begin, end, what a holds, what b holds) for each stretch of key tiles that one of two lists
+// of runs covers.
+template <typename F>
+void join(const Run* a, const Run* a_end, const Run* b, const Run* b_end, F f) {
+  int32_t at = 0;
+  while (a != a_end || b != b_end) {
+    const int32_t next_a = a != a_end ? std::max(a->col, at) : INT32_MAX;
+    const int32_t next_b = b != b_end ? std::max(b->col, at) : INT32_MAX;
+    const int32_t begin = std::min(next_a, next_b);
+    const bool in_a = next_a == begin, in_b = next_b == begin;
+    at = std::min(in_a ? a->end() : next_a, in_b ? b->end() : next_b);
+    f(begin, at, in_a ? a->content : kEmpty, in_b ? b->content : kEmpty);
+    if (in_a && a->end() == at) ++a;
+    if (in_b && b->end() == at) ++b;
+  }
+}
+
 class Rows {
  public:
   struct Tile {
@@ -99,6 +116,18 @@ class Rows {
       ends.push_back((int32_t)tiles.size());
     }
     if (lists.empty()) lists.assign(kTile, -1);
+  }
+
+  // Whether two tiles may share a block: only if one would not wait long for the other.
+  bool alike(const Tile& one, const Tile& other) const {
+    const int64_t a = visits(one), b = visits(other);
+    return (double)std::abs(a - b) <= 0.3 * (double)(a + b) + 4;
+  }
+
+  int64_t visits(const Tile& tile) const {
+    int64_t sum = 0;
+    for (int32_t i = tile.first; i < tile.last; ++i) sum += runs[i].len;
+    return sum;
   }
 
  private:

@@ -42,7 +42,10 @@ class Steps {
     const Run* runs = rows.runs.data();
     segments_.clear();
     if (two)
-      join(runs + one.first, runs + one.last, runs + two->first, runs + two->last);
+      join(runs + one.first, runs + one.last, runs + two->first, runs + two->last,
+           [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
+             segments_.emplace_back(begin, end, a, b);
+           });
     else
       for (int32_t i = one.first; i < one.last; ++i)
         segments_.emplace_back(runs[i].col, runs[i].end(), runs[i].content, runs[i].content);
@@ -92,20 +95,6 @@ class Steps {
   };
 
   static uint64_t pair(int32_t a, int32_t b) { return (uint64_t)(uint32_t)a << 32 | (uint32_t)b; }
-
-  void join(const Run* a, const Run* a_end, const Run* b, const Run* b_end) {
-    int32_t at = 0;
-    while (a != a_end || b != b_end) {
-      const int32_t next_a = a != a_end ? std::max(a->col, at) : INT32_MAX;
-      const int32_t next_b = b != b_end ? std::max(b->col, at) : INT32_MAX;
-      const int32_t begin = std::min(next_a, next_b);
-      const bool in_a = next_a == begin, in_b = next_b == begin;
-      at = std::min(in_a ? a->end() : next_a, in_b ? b->end() : next_b);
-      segments_.emplace_back(begin, at, in_a ? a->content : kEmpty, in_b ? b->content : kEmpty);
-      if (in_a && a->end() == at) ++a;
-      if (in_b && b->end() == at) ++b;
-    }
-  }
 
   // The longest segment that both halves see in full, or null.
   const Segment* longest_run() const {

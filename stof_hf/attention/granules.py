@@ -54,7 +54,7 @@ class Layout:
     tiles: int
     paired: bool
     item_cost: float = 1.5
-    merge_cost: float = 12.0
+    merge_cost: float = 8.0
 
 
 def granule_plan(
@@ -73,19 +73,44 @@ def granule_plan(
     return mask.plans[key]
 
 
-def _granule_plan(
-    mask: SparseMask, layout: Layout, copies: int, workers: int, together: int
-) -> GranulePlan:
+@dataclass(frozen=True)
+class Work:
+    """What a kernel has to do for a head, on average over the mask's patterns: items, what their
+    steps cost (a full one 1), that of the longest, and steps that are loaded."""
+
+    items: float
+    steps: float
+    longest: float
+    loads: float
+
+
+def work_of(mask: SparseMask) -> dict[str, Work]:
+    """By the name of the layout, or "triton" for the Triton kernel, which visits whole tiles."""
+    numbers = (ctypes.c_double * 16)()
+    if not native.library().stof_work(_request(mask, Layout(1, False), 1, 1, 1), numbers):
+        raise MemoryError("what a mask's plan takes does not fit into the host's memory")
+    names = ("triton", "heads", "paired", "rows")
+    return {name: Work(*numbers[4 * i : 4 * i + 4]) for i, name in enumerate(names)}
+
+
+def _request(mask: SparseMask, layout: Layout, copies: int, workers: int, together: int) -> bytes:
     arrays = mask.host_arrays()
     patterns, tile_rows = arrays[0].shape[0], arrays[0].shape[1] - 1
-    request = _REQUEST.pack(
+    # The arrays live as long as the mask.
+    return _REQUEST.pack(
         *(x.ctypes.data for x in arrays),
         patterns, tile_rows, len(arrays[4]), mask.q_len, mask.kv_len,
         layout.tiles, layout.paired, copies, workers, together,
         layout.item_cost, layout.merge_cost,
     )  # fmt: skip
+
+
+def _granule_plan(
+    mask: SparseMask, layout: Layout, copies: int, workers: int, together: int
+) -> GranulePlan:
+    patterns = len(mask.row_ptr)
     info = (ctypes.c_int64 * 14)()
-    result = native.library().stof_plan(request, info)
+    result = native.library().stof_plan(_request(mask, layout, copies, workers, together), info)
     items, steps, contents, rows, merges, queue, slots, *at, size = info
     each, apart = items // patterns, merges // patterns
     part = upload(native.take(result, size, mask.device), mask.device).as_strided

@@ -8,19 +8,23 @@ and a part of the other, since items do not divide evenly.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-import numpy as np
-
 from ..masks.sparse_mask import SparseMask
+from .granules import work_of
+from .plan import run_share
 
 #: Of each multiprocessor of an H200: scores per us whose products of head size 64 are computed, and
 #: whose exponentials are; and bytes per us of the whole device from L2 and from memory.
 _TENSOR, _EXP, _L2, _MEMORY = 6.0e6 / 256, 2.8e4, 5.2e6, 4.3e6
 _SCORES = 64 * 64
 _UNEVEN = 0.2
-#: Items longer than an even share, of at least 8 steps, by 12 are split; combining them takes 3 us.
-_LEAST_SHARE, _SLACK, _MERGE = 8.0, 12.0, 3.0
+#: Items longer than an even share, of at least 8 steps, by 8 (12 where the head size is above 64)
+#: are split; combining them takes 3 us.
+_LEAST_SHARE, _SLACK, _MERGE = 8.0, {False: 8.0, True: 12.0}, 3.0
+#: From this share of tiles in long runs of full ones on, the Triton kernel uses wider blocks.
+_RUNS = 0.6
 
 
 @dataclass(frozen=True)
@@ -38,29 +42,22 @@ class Kernel:
     blocks: int
 
 
-#: By the layout of the CUDA kernel, or "triton", and whether the head size is above 64.
+#: By the layout of the CUDA kernel, "triton", or "runs" for the Triton kernel of masks with long
+#: runs of full tiles; and whether the head size is above 64.
 KERNELS = {
-    ("rows", False): Kernel(3.31, 1.12, 1.91, 0.68, 2),
-    ("rows", True): Kernel(4.62, 0.84, 2.62, 0.0, 1),
-    ("paired", False): Kernel(3.21, 1.06, 1.52, 0.70, 2),
-    ("paired", True): Kernel(7.43, 1.24, 1.06, 0.0, 1),
-    ("heads", True): Kernel(0.91, 0.94, 2.18, 0.0, 1),
-    ("triton", False): Kernel(2.44, 1.52, 2.44, 0.57, 4),
-    ("triton", True): Kernel(0.0, 1.21, 3.57, 0.0, 2),
+    ("rows", False): Kernel(3.27, 1.30, 1.38, 0.72, 2),
+    ("rows", True): Kernel(1.00, 1.00, 1.69, 1.73, 1),
+    ("paired", False): Kernel(3.10, 1.43, 0.86, 0.81, 2),
+    ("paired", True): Kernel(2.03, 1.49, 0.53, 2.08, 1),
+    ("heads", True): Kernel(1.00, 1.00, 1.77, 1.16, 1),
+    ("triton", False): Kernel(2.36, 1.68, 2.00, 0.67, 4),
+    ("triton", True): Kernel(2.64, 1.14, 3.57, 0.30, 2),
+    ("runs", False): Kernel(1.00, 0.99, 3.20, 0.62, 3),
+    ("runs", True): Kernel(1.00, 1.06, 0.50, 3.45, 2),
 }
 # Two heads a block were measured with a head size of 128 only; with 64 a block does what one of two
 # row tiles does.
 KERNELS["heads", False] = KERNELS["rows", False]
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Of one head: items, their steps in all, the steps of the longest, and steps loaded."""
-
-    items: float
-    steps: float
-    longest: float
-    loads: float
 
 
 def launch_us(
@@ -74,42 +71,30 @@ def launch_us(
         processors: multiprocessors of the device.
     """
     if "work" not in mask.plans:
-        mask.plans["work"] = _work(mask)
-    kernel, work = KERNELS[name, dim > 64], mask.plans["work"][name]
+        mask.plans["work"] = work_of(mask)
+    work, large = mask.plans["work"][name], dim > 64
+    runs = name == "triton" and run_share(mask) > _RUNS
+    kernel = KERNELS["runs" if runs else name, large]
     copies = copies / 2 if name == "heads" else copies
     workers = kernel.blocks * processors
     items, steps = work.items * copies / workers, work.steps * copies / workers
     full = steps * kernel.step + items * kernel.item
-    whole = max(steps, _LEAST_SHARE) + _SLACK
+    whole = max(steps, _LEAST_SHARE) + _SLACK[large]
     chain = min(work.longest, whole) * kernel.alone + min(items, 1) * kernel.item
     merge = _MERGE if work.longest > whole else 0.0
     scores = mask.plans["work"]["triton"].steps * copies * _SCORES * (1 + (name == "heads"))
     rows = (mask.q_len + mask.kv_len) * 2 * dim * itemsize * copies * (1 + (name == "heads"))
+    # Wider blocks load the keys of two row tiles once.
+    loads = work.loads / (1 + runs) * copies * 2 * 64 * dim * itemsize
     bounds = (
         scores * (dim / 64) / (_TENSOR * processors * 4), scores / (_EXP * processors),
-        work.loads * copies * 2 * 64 * dim * itemsize / _L2, rows / _MEMORY,
+        loads / _L2, rows / _MEMORY,
     )  # fmt: skip
     return kernel.start + max(full, chain, *bounds) + _UNEVEN * min(full, chain) + merge
 
 
-def _work(mask: SparseMask) -> dict[str, _Work]:
-    """What each kernel does for a head, on average over the mask's patterns."""
-    ptr, _, length, _ = mask.host_runs()
-    before = np.concatenate([[0], np.cumsum(length)])
-    visits = np.diff(before[ptr], axis=1)
-    patterns, tiles = visits.shape
-    total, most = visits.sum() / patterns, int(visits.max())
-    odd = np.pad(visits, ((0, 0), (0, tiles % 2)))
-    high, low = np.maximum(odd[:, ::2], odd[:, 1::2]), np.minimum(odd[:, ::2], odd[:, 1::2])
-    # Two row tiles share a block where neither would wait long for the other.
-    apart = high - low > 0.3 * (high + low) + 4
-    shared = high[~apart].sum() / patterns
-    alone = (high + low)[apart].sum() / patterns
-    longest = float(max(high[~apart].max(initial=0), high[apart].max(initial=0) / 2))
-    rows = (apart.size + apart.sum()) / patterns
-    return {
-        "triton": _Work(tiles, total, most, total),
-        "heads": _Work(tiles, total, most, total),
-        "paired": _Work(tiles, total / 2 + tiles / 2, most / 2 + 0.5, total),
-        "rows": _Work(rows, shared + alone / 2, longest, 1.25 * shared + alone),
-    }
+def cudnn_us(copies: int, q_len: int, kv_len: int, dim: int, processors: int) -> float:
+    """Predicted time of cuDNN's attention without a mask: blocks of 128 queries, one to a
+    multiprocessor, in steps of 128 keys; fitted to an H200."""
+    waves = math.ceil(copies * math.ceil(q_len / 128) / processors)
+    return 5.0 + waves * math.ceil(kv_len / 128) * (0.55 + 0.0094 * dim)

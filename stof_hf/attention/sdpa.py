@@ -8,7 +8,7 @@ import torch
 
 from ..masks.patterns import Causal
 from ..masks.sparse_mask import SparseMask
-from . import calls
+from . import calls, select
 
 _CAUSAL = Causal()
 
@@ -22,24 +22,16 @@ def prepare(
         mask.pattern == _CAUSAL and q.shape[2] == k.shape[2] and mask.q_offset == mask.kv_offset
     )
     dense = (
-        (causal or mask.pattern == calls.FULL_PATTERN) and _is_ahead(q, k, causal)
+        (causal or mask.pattern == calls.FULL_PATTERN)
         and not mask.is_view and mask.kv_valid is None
         and bias is None and sinks is None and softcap == 0
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[3] == v.shape[3] and q.shape[3] <= 128 and q.shape[3] % 8 == 0
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.cuda.get_device_capability(q.device)[0] >= 9
+        and select.cudnn_is_ahead(q, k, mask, causal)
     )  # fmt: skip
     return CudnnCall(scale, causal, with_lse) if dense else None
-
-
-def _is_ahead(q: torch.Tensor, k: torch.Tensor, causal: bool) -> bool:
-    """Whether cuDNN is ahead of the block-wise kernel, as measured on an H200."""
-    batch, heads, q_len, dim = q.shape
-    if causal:
-        return dim > 64 and q_len >= 16384
-    blocks, scores = batch * heads * -(-q_len // 128), batch * heads * q_len * k.shape[2]
-    return q_len >= 256 and scores >= 12 << 20 and (dim > 64 or blocks <= 1000)
 
 
 class CudnnCall:

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from ..errors import BuildError, StofWarning, UnsupportedError
+from ..kernels.cuda_kernels import FAMILIES
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
-from .model import launch_us
+from .model import cudnn_us, launch_us
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
@@ -75,9 +76,10 @@ def _prepare_native(
 ) -> Any:  # fmt: skip
     from . import cuda, sdpa
 
-    if (call := sdpa.prepare(with_lse, q, k, v, mask, *options)) is not None:
-        return call
-    return _prepare_cuda(cuda.prepare, q, k, v, mask, *options)
+    def prepare(*call: Any) -> Any:
+        return sdpa.prepare(with_lse, *call) or cuda.prepare(*call)
+
+    return _prepare_cuda(prepare, q, k, v, mask, *options)
 
 
 def _prepare_decode(*call: Any) -> Any:
@@ -189,7 +191,7 @@ def cuda_config(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseM
     """How a CUDA block-wise kernel computes a call in the least time."""
     name, small = _cuda_layout(q, k, mask), max(q.shape[3], v.shape[3]) <= 64
     # One block a multiprocessor has nobody to hide how an item begins and ends behind.
-    layout = Layout(*_LAYOUTS[name], 1.0 if small else 5.5)
+    layout = Layout(*_LAYOUTS[name], *((1.0, 8.0) if small else (5.5, 12.0)))
     return CudaConfig(layout, name == "heads", multiprocessors(q.device) * (2 if small else 1))
 
 
@@ -208,6 +210,20 @@ def block_kernel(
         return None if _predicted("triton", q, mask) < _predicted(best, q, mask) else "hopper"
     # On Hopper GPUs the Triton kernel uses warpgroup products, which the other one does not.
     return "sm80" if "sm80" in families and _capability(q.device)[0] != 9 else None
+
+
+def cudnn_is_ahead(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, causal: bool) -> bool:
+    """Whether cuDNN computes a causal mask, or none, in less time than the kernels of this package.
+
+    Causal launches of about 0.8 ms and more draw all the power that the GPU may take, of which
+    cuDNN makes more.
+    """
+    batch, heads, q_len, dim = q.shape
+    if causal:
+        return batch * heads * q_len * k.shape[2] * dim / 64 >= 2.4e9
+    theirs = cudnn_us(batch * heads, q_len, k.shape[2], dim, multiprocessors(q.device))
+    ours = ("triton", *_LAYOUTS) if dim in FAMILIES["hopper"].head_dims else ("triton",)
+    return theirs < min(_predicted(name, q, mask) for name in ours)
 
 
 def _cuda_layout(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..attention import calls, cuda, select, triton
+from ..attention import calls, cuda, sdpa, select, triton
 from . import timing
 from .attention import cells
 from .contestants import CONTESTANTS, Cell, Problem
@@ -40,6 +40,9 @@ def configurations(problem: Problem, mask: Any) -> Iterator[tuple[str, Callable[
         call = cuda.BlockCall(family, q, k, v, mask, None, None, scale, 0.0, config)
         yield name, lambda call=call: call(q, k, v, mask, None, None)
     options = {"bias": None, "sinks": None, "scale": scale, "softcap": 0.0}
+    if problem.cell.mask in ("causal", "full"):
+        cudnn = sdpa.CudnnCall(scale, problem.cell.mask == "causal", False)
+        yield "cudnn", lambda: cudnn(q, k, v)
     yield "triton", lambda: calls.forward("triton calls", triton.prepare, q, k, v, mask, **options)
 
 

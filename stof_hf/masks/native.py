@@ -26,6 +26,8 @@ def library() -> ctypes.CDLL:
     for function in (made.stof_mask, made.stof_plan):
         function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
         function.restype = ctypes.c_void_p
+    made.stof_work.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
+    made.stof_work.restype = ctypes.c_bool
     made.stof_take.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     made.stof_take.restype = None
     return made

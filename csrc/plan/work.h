@@ -1,0 +1,93 @@
+// What a mask's plans would come to, without making them: stof_hf/attention/model.py predicts times
+// from it.
+#pragma once
+
+#include <algorithm>
+
+#include "rows.h"
+
+namespace stof {
+
+// Of one head, on average over the patterns: items, what their steps cost (a full one costs 1), that
+// of the longest, and steps that are loaded.
+struct Work {
+  double items, steps, longest, loads;
+
+  void add(double cost, double loaded) {
+    ++items;
+    steps += cost;
+    longest = std::max(longest, cost);
+    loads += loaded;
+  }
+};
+
+// Of the tile-wise kernel, whose items visit whole tiles, and of the layouts of granules.py: a row tile
+// for a block of two heads, for a block whose halves divide its steps, and two row tiles for a block.
+enum { kTiles, kHeads, kPaired, kRows, kLayouts };
+
+// work: kLayouts of them.
+inline void measure(const PlanRequest& p, Work* work) {
+  std::fill(work, work + kLayouts, Work{});
+  for (int64_t i = 0; i < p.patterns; ++i) {
+    const int32_t* ptr = p.row_ptr + i * (p.tile_rows + 1);
+    for (int64_t t = 0; t < p.tile_rows; ++t) {
+      int64_t visits = 0;
+      for (int32_t at = ptr[t]; at < ptr[t + 1]; ++at) visits += p.run_len[at];
+      work[kTiles].add((double)visits, (double)visits);
+    }
+  }
+  Contents contents(p);
+  const Rows rows(p, contents);
+  const auto granules = [](int held) { return __builtin_popcount(held) / (double)kPerTile; };
+  // As Steps::finish has it.
+  const auto cost = [&](int32_t content, double loaded) {
+    return content == kFull ? 1.0 : content == kEmpty ? 0.1 * loaded : 1.25 * granules(contents.held(content));
+  };
+  const auto divided = [](double cost) { return cost / 2 + 0.5; };
+  int32_t at = 0;
+  for (int32_t end : rows.ends) {
+    const int32_t ordinary = at + (int32_t)p.tile_rows;
+    struct Sum {
+      double cost, loaded;
+    };
+    const auto alone = [&](const Rows::Tile& tile) {
+      Sum sum = {};
+      for (int32_t i = tile.first; i < tile.last; ++i) {
+        const Run& run = rows.runs[i];
+        const double loaded = granules(contents.held(run.content));
+        sum.cost += run.len * cost(run.content, loaded);
+        sum.loaded += run.len * loaded;
+      }
+      work[kHeads].add(sum.cost, sum.loaded);
+      work[kPaired].add(divided(sum.cost), sum.loaded);
+      return sum;
+    };
+    while (at < end) {
+      const Rows::Tile& one = rows.tiles[at++];
+      const Sum first = alone(one);
+      if (at >= ordinary) {
+        work[kRows].add(divided(first.cost), first.loaded);
+        continue;
+      }
+      const Rows::Tile& two = rows.tiles[at++];
+      const Sum second = alone(two);
+      if (!rows.alike(one, two)) {
+        work[kRows].add(divided(first.cost), first.loaded);
+        work[kRows].add(divided(second.cost), second.loaded);
+        continue;
+      }
+      double each[2] = {}, loaded = 0;
+      const Run* runs = rows.runs.data();
+      join(runs + one.first, runs + one.last, runs + two.first, runs + two.last,
+           [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
+             const double n = end - begin, load = granules(contents.held(a) | contents.held(b));
+             each[0] += n * cost(a, load), each[1] += n * cost(b, load), loaded += n * load;
+           });
+      work[kRows].add(std::max(each[0], each[1]), loaded);
+    }
+  }
+  for (Work* one = work; one < work + kLayouts; ++one)
+    one->items /= (double)p.patterns, one->steps /= (double)p.patterns, one->loads /= (double)p.patterns;
+}
+
+}  // namespace stof

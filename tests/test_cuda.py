@@ -157,6 +157,18 @@ def test_rows_that_are_not_aligned_are_computed_elsewhere():
         torch.testing.assert_close(out.double(), want, atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_without_logarithms_the_result_is_the_same(layout):
+    from stof_hf.attention import cuda
+
+    q, k, v = make(2, 4, 2, 1000, 1000, 64, torch.float16)
+    mask = SparseMask.from_pattern(patterns.Longformer(40, (0, 1)), 1000, device="cuda")
+    config = select.CudaConfig(*LAYOUTS[layout], 264)
+    rest = "hopper", q, k, v, mask, None, None, 0.2, 0.0, config
+    outs = [cuda.BlockCall(*rest, n)(q, k, v, mask, None, None) for n in (True, False)]
+    assert torch.equal(outs[0][0], outs[1][0]) and outs[1][1] is None
+
+
 @pytest.mark.parametrize("sharpness", [1, 2, 3, 5])
 @pytest.mark.parametrize("dim, dtype", [(64, torch.float16), (128, torch.bfloat16)])
 def test_errors_are_those_of_sdpa(dim, dtype, sharpness):

@@ -263,7 +263,7 @@ def test_the_op():
         "query", "key", "value", "kv_valid", "bias", "sinks", "row_start", "col_start", "function",
         "problem",
     ]  # fmt: skip
-    assert [str(result.type) for result in schema.returns] == ["Tensor", "Tensor"]
+    assert [str(result.type) for result in schema.returns] == ["Tensor", "Optional[Tensor]"]
     x = torch.zeros(1, 1, 1, 64)
     with pytest.raises(NotImplementedError, match=r"stof_cuda::run.*'CPU' backend"):
         torch.ops.stof_cuda.run(x, x, x, *(5 * [None]), 0, 0)

@@ -211,3 +211,14 @@ def test_errors_are_those_of_sdpa(splits, sharpness):
     ours = decode(q, k, v, mask, splits, scale=scale)[0].transpose(1, 2)
     mine, theirs = ((x.double() - want).square().mean().sqrt() for x in (ours, sdpa))
     assert mine <= 1.1 * theirs
+
+
+@pytest.mark.parametrize("splits", [1, 8, 40])
+def test_without_logarithms_the_result_is_the_same(splits):
+    from stof_hf.attention.cuda_decode import DecodeCall
+
+    q, k, v = make(2, 8, 2, 1, 3000, 64, torch.float16)
+    mask = SparseMask.from_pattern(patterns.Full(), 1, 3000, device="cuda")
+    rest = q, k, v, mask, None, None, 0.2, 0.0, splits
+    outs = [DecodeCall(*rest, n)(q, k, v, mask, None, None) for n in (True, False)]
+    assert torch.equal(outs[0][0], outs[1][0]) and outs[1][1] is None

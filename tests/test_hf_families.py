@@ -27,13 +27,13 @@ def by_name(families: list[Family]) -> Any:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls of the op, so that a model that bypasses "stof" cannot pass."""
     count = [0]
-    original = hf_attention.attention
+    original = hf_attention.attention_by_rows
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         count[0] += 1
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(hf_attention, "attention", counted)
+    monkeypatch.setattr(hf_attention, "attention_by_rows", counted)
     return count
 
 

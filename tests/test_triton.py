@@ -61,6 +61,18 @@ def compare(q, k, v, mask, allowed, *, bias=None, sinks=None, scale=0.2, softcap
         assert (out.transpose(1, 2)[~allowed.any(-1).expand(lse.shape)] == 0).all()
 
 
+@pytest.mark.parametrize("length", [70, 700], ids=["whole", "split"])
+def test_without_logarithms_the_result_is_the_same(kernel, length):
+    q, k, v = make(1, 2, 2, length, length, 64, dtype=torch.float16)
+    mask = SparseMask.from_pattern(patterns.Longformer(20, (0,)), length, device=DEVICE)
+    rest = q, k, v, mask, None, None, 0.2, 0.0, False
+    outs = [
+        triton_backend.prepare(*rest, with_lse)(q, k, v, mask, None, None)[0]
+        for with_lse in (True, False)
+    ]
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("dim, value_dim", [(64, 64), (16, 16), (20, 33), (128, 64), (256, 256)])
 def test_head_sizes(kernel, dtype, dim, value_dim):

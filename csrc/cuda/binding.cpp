@@ -42,6 +42,10 @@ class Tensor {
  public:
   explicit Tensor(AtenTensorHandle handle = nullptr) : handle_(handle) {}
   Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    std::swap(handle_, other.handle_);
+    return *this;
+  }
   ~Tensor() {
     if (handle_) aoti_torch_delete_tensor_object(handle_);
   }
@@ -66,6 +70,11 @@ class Tensor {
   }
   AtenTensorHandle get() const { return handle_; }
   StableIValue release() { return torch::stable::detail::from(std::exchange(handle_, nullptr)); }
+  StableIValue release_optional() {
+    std::optional<AtenTensorHandle> given;
+    if (handle_) given = std::exchange(handle_, nullptr);
+    return torch::stable::detail::from(given);
+  }
 
  private:
   AtenTensorHandle handle_;
@@ -131,7 +140,8 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   const int64_t out_sizes[] = {problem.batch, problem.q_len, problem.heads, problem.value_dim};
   const int64_t lse_sizes[] = {problem.batch, problem.heads, problem.q_len};
   Tensor out = Tensor::empty(4, out_sizes, dtype, type, device);
-  Tensor lse = Tensor::empty(3, lse_sizes, aoti_torch_dtype_float32(), type, device);
+  Tensor lse;
+  if (problem.with_lse) lse = Tensor::empty(3, lse_sizes, aoti_torch_dtype_float32(), type, device);
   const Workspace workspace(problem.workspace_bytes);
   void* stream = nullptr;
   check(aoti_torch_get_current_cuda_stream(device, &stream), "name the current stream");
@@ -140,7 +150,7 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   problem.key = key.const_data();
   problem.value = value.const_data();
   problem.out = out.data();
-  problem.lse = static_cast<float*>(lse.data());
+  problem.lse = problem.with_lse ? static_cast<float*>(lse.data()) : nullptr;
   problem.workspace = workspace.data();
   problem.kv_valid = static_cast<const uint64_t*>(kv_valid.const_data());
   problem.bias = bias.const_data();
@@ -149,7 +159,7 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
   problem.col_start = static_cast<const int64_t*>(col_start.const_data());
   if (const char* message = function(&problem, stream)) throw std::runtime_error(message);
   stack[0] = out.release();
-  stack[1] = lse.release();
+  stack[1] = lse.release_optional();
 }
 
 }  // namespace
@@ -157,7 +167,7 @@ void run(StableIValue* stack, uint64_t, uint64_t) {
 STABLE_TORCH_LIBRARY(stof_cuda, library) {
   library.def(
       "run(Tensor query, Tensor key, Tensor value, Tensor? kv_valid, Tensor? bias, Tensor? sinks, "
-      "Tensor? row_start, Tensor? col_start, int function, int problem) -> (Tensor, Tensor)");
+      "Tensor? row_start, Tensor? col_start, int function, int problem) -> (Tensor, Tensor?)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stof_cuda, CUDA, library) { library.impl("run", run); }

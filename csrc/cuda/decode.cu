@@ -485,7 +485,7 @@ __device__ __forceinline__ void store_row(const Call& call, int row, int first_h
   const int64_t at = ((int64_t)batch * p.q_len + query) * p.heads + head;
   *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + at * D + column) =
       make_uint2(pack<T>(x.x * factor, x.y * factor), pack<T>(x.z * factor, x.w * factor));
-  if (column == 0) p.lse[((int64_t)batch * p.heads + head) * p.q_len + query] = top;
+  if (column == 0 && p.lse) p.lse[((int64_t)batch * p.heads + head) * p.q_len + query] = top;
 }
 
 // How the blocks of a cluster divide what they find, four elements at a time: block i % blocks stores
@@ -771,7 +771,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_kernel(const __grid_const
     if (64 * j + 2 * lane < D) *reinterpret_cast<float2*>(&parts[warp][64 * j + 2 * lane]) = sum[j];
   __syncthreads();
   const float factor = finish_row(top, total, p.sinks ? p.sinks + head : nullptr);
-  if (threadIdx.x == 0) p.lse[(batch * p.heads + head) * p.q_len + query] = top;
+  if (threadIdx.x == 0 && p.lse) p.lse[(batch * p.heads + head) * p.q_len + query] = top;
   for (int i = threadIdx.x; i < D / 2; i += kMergeThreads) {
     float2 x = make_float2(0, 0);
 #pragma unroll

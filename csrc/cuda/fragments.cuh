@@ -145,11 +145,11 @@ __device__ __forceinline__ void combine(Softmax& a, float (&o)[N], const Softmax
   }
 }
 
-// Divides by the sums, a sink's weight included, and stores the logarithms of two rows a lane.
-// row < 0: not stored.
+// Divides by the sums, a sink's weight included, and stores the logarithms of two rows a lane, from
+// `first` on. row < 0, or no lse: not stored.
 template <int N>
 __device__ __forceinline__ void finish(const Softmax& a, float (&o)[N], const int (&row)[2], float scale,
-                                       const float* sink, float* lse) {
+                                       const float* sink, float* lse, int64_t first) {
   float factor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -161,8 +161,8 @@ __device__ __forceinline__ void finish(const Softmax& a, float (&o)[N], const in
       top = base;
     }
     factor[r] = total > 0 ? __fdividef(mine, total) : 0.f;
-    if (row[r] >= 0 && threadIdx.x % 4 == 0)
-      lse[row[r]] = total > 0 ? (top + __log2f(total)) * kLn2 : -INFINITY;
+    if (lse && row[r] >= 0 && threadIdx.x % 4 == 0)
+      lse[first + row[r]] = total > 0 ? (top + __log2f(total)) * kLn2 : -INFINITY;
   }
   scale_rows(o, factor);
 }

@@ -426,7 +426,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
     if (stores && slot >= 0) {
       store_piece<D>(a, pair, slot + (a.two_heads || paired ? 0 : half), o, softmax);
     } else if (stores) {
-      finish(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse + pair * a.q_len);
+      finish(softmax, o, row, scale, a.sinks ? a.sinks + head : nullptr, a.lse, pair * a.q_len);
       if (tile >= 0) {
         // The warp's own query rows are no longer needed: its results take their place.
         const int first = thread / 32 * 16;

@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(128) merge_kernel(const __grid_constant__ Argu
     }
     combine(total, o, piece, part + 4 * thread, 4 * 128, a.scale);
   }
-  finish(total, o, row, a.scale, a.sinks ? a.sinks + head : nullptr, a.lse + (int64_t)blockIdx.x * a.q_len);
+  finish(total, o, row, a.scale, a.sinks ? a.sinks + head : nullptr, a.lse,
+         (int64_t)blockIdx.x * a.q_len);
   T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * a.value_dim;
   const int64_t out_row = (int64_t)a.heads * a.value_dim;
   if (a.value_dim % 8 == 0)

@@ -74,7 +74,7 @@ struct Problem {
   const void* key;           // [B, Hkv, Sk, D]
   const void* value;         // [B, Hkv, Sk, Dv]
   void* out;                 // [B, Sq, H, Dv], contiguous
-  float* lse;                // [B, H, Sq]
+  float* lse;                // [B, H, Sq], or null
   float* workspace;          // workspace_bytes, or null
   const uint64_t* kv_valid;  // [B, ceil(Sk / 64)]: padding as bits, or null
   const void* bias;          // broadcast to [B, H, Sq, Sk] by strides of 0, or null
@@ -95,6 +95,7 @@ struct Problem {
   Plan plan;
   Mask mask;
   int64_t splits;  // blocks that divide the keys of a row, where there is no plan
+  int64_t with_lse;
 };
 
 }  // namespace stof

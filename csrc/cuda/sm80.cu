@@ -409,7 +409,7 @@ __global__ void __launch_bounds__(kConsumers, Config<D>::kBlocks)
       } else {
         int rows[2];
         find_rows(rows);
-        finish(softmax, o, rows, scale, a.sinks ? a.sinks + head : nullptr, a.lse + pair * a.q_len);
+        finish(softmax, o, rows, scale, a.sinks ? a.sinks + head : nullptr, a.lse, pair * a.q_len);
         T* out = static_cast<T*>(a.out) + ((int64_t)batch * a.q_len * a.heads + head) * a.value_dim;
         const int64_t out_row = (int64_t)a.heads * a.value_dim;
         if (V != kGeneral || a.value_dim % 8 == 0)

@@ -19,6 +19,7 @@ from .granules import granule_plan
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    with_lse: bool = True,
 ) -> BlockCall | None:  # fmt: skip
     """See `calls.forward`; None where no kernel computes such a call, or Triton's does it sooner.
 
@@ -28,7 +29,7 @@ def prepare(
     family = select.block_kernel(able, q, k, v, mask, bias, softcap)
     if family is None:
         return None
-    return BlockCall(family, q, k, v, mask, bias, sinks, scale, softcap)
+    return BlockCall(family, q, k, v, mask, bias, sinks, scale, softcap, with_lse=with_lse)
 
 
 def families(
@@ -54,12 +55,12 @@ class BlockCall(Call):
     def __init__(
         self, family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-        config: select.CudaConfig | None = None,
+        config: select.CudaConfig | None = None, with_lse: bool = True,
     ):  # fmt: skip
         batch, heads, q_len, head_dim = q.shape
         kv_heads, kv_len, value_dim = v.shape[1:]
         dim = max(head_dim, value_dim)
-        super().__init__(family, dim, q, k, v, mask, bias, sinks, scale, softcap)
+        super().__init__(family, dim, q, k, v, mask, bias, sinks, scale, softcap, with_lse)
         if config is None:
             config = select.cuda_config(q, k, v, mask)
         copies = batch * heads // (2 if config.two_heads else 1)

@@ -22,6 +22,7 @@ _LARGE_HEADS = 160 << 10
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    with_lse: bool = True,
 ) -> DecodeCall | None:  # fmt: skip
     """See `calls.forward`; None where the kernel does not compute such a call.
 
@@ -35,7 +36,9 @@ def prepare(
         and (bias is None or bias.dtype in BIAS_DTYPES)
         and (q.shape[3] <= 128 or select.shared_memory(q.device) >= _LARGE_HEADS)
     )  # fmt: skip
-    return DecodeCall(q, k, v, mask, bias, sinks, scale, softcap) if taken else None
+    if not taken:
+        return None
+    return DecodeCall(q, k, v, mask, bias, sinks, scale, softcap, with_lse=with_lse)
 
 
 class DecodeCall(Call):
@@ -44,9 +47,9 @@ class DecodeCall(Call):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-        splits: int | None = None,
+        splits: int | None = None, with_lse: bool = True,
     ):  # fmt: skip
-        super().__init__("decode", q.shape[3], q, k, v, mask, bias, sinks, scale, softcap)
+        super().__init__("decode", q.shape[3], q, k, v, mask, bias, sinks, scale, softcap, with_lse)
         p = self.problem
         p.splits = splits or select.decode_splits(q, k, mask)
         rows = p.batch * p.heads * p.q_len

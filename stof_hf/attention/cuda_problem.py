@@ -60,6 +60,7 @@ class Problem(ctypes.Structure):
         ("plan", _Plan),
         ("mask", _Mask),
         ("splits", ctypes.c_int64),
+        ("with_lse", ctypes.c_int64),
     ]  # fmt: skip
 
     def describe(
@@ -91,6 +92,7 @@ class Call:
 
     Args:
         family, dim: the kernel, and the head size that it was compiled for.
+        with_lse: False where nobody needs the second result, which is None then.
 
     Raises BuildError where the kernel cannot be built.
     """
@@ -98,7 +100,7 @@ class Call:
     def __init__(
         self, family: str, dim: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         mask: SparseMask, bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float,
-        softcap: float,
+        softcap: float, with_lse: bool,
     ):  # fmt: skip
         kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
         if kernels.stof_problem_bytes() != ctypes.sizeof(Problem):
@@ -111,13 +113,14 @@ class Call:
         self.casts_sinks = sinks is not None and sinks.dtype != torch.float32
         self.starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
         self.problem = Problem()
+        self.problem.with_lse = with_lse
         self.problem.describe(q, k, v, mask, scale, softcap, bias)
         self.address = ctypes.addressof(self.problem)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         if self.casts_sinks:
             sinks = sinks.float()
         row_start = mask.row_start if self.starts[0] else None

@@ -52,14 +52,24 @@ def attention(
     >>> stof_hf.attention(q, k, v, mask).shape
     torch.Size([1, 2, 256, 64])
     """
+    return attention_by_rows(
+        query, key, value, mask, scale, softcap=softcap, bias=bias, sinks=sinks
+    ).transpose(1, 2)
+
+
+def attention_by_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None,
+    *, softcap: float, bias: torch.Tensor | None, sinks: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """`attention` as Transformers wants its result: [B, Sq, H, Dv]."""
     device_type = query.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         # Autocast must not reach the products inside a backend, which are in fp32 on purpose.
         with torch.autocast(device_type, enabled=False):
-            return attention(
-                query.to(dtype), key.to(dtype), value.to(dtype), mask,
-                scale=scale, softcap=softcap, bias=bias, sinks=sinks,
+            return attention_by_rows(
+                query.to(dtype), key.to(dtype), value.to(dtype), mask, scale,
+                softcap=softcap, bias=bias, sinks=sinks,
             )  # fmt: skip
     if scale is None:
         scale = query.shape[-1] ** -0.5
@@ -68,11 +78,11 @@ def attention(
             query, key, value, mask,
             bias=bias, sinks=sinks, scale=scale, softcap=softcap, with_lse=False,
         )  # fmt: skip
-        return out.transpose(1, 2)
+        return out
     out, _ = torch.ops.stof.attention(
         query, key, value, *op_arguments(query, key, mask), bias, sinks, scale, softcap
     )
-    return out.transpose(1, 2)
+    return out
 
 
 def _plain(*tensors: torch.Tensor | None) -> bool:

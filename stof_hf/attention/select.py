@@ -52,7 +52,7 @@ def _prepare(
     """The call as CUDA or Triton kernels or PyTorch compute it; see `calls.forward`."""
     *options, on_device = rest
     if use_row_wise(q, q.shape[3], mask):
-        call = _prepare_decode(q, k, v, mask, *options)
+        call = _prepare_decode(with_lse, q, k, v, mask, *options)
     elif on_device:
         call = None
     else:
@@ -61,7 +61,7 @@ def _prepare(
         return call
     from . import triton
 
-    return triton.prepare(q, k, v, mask, *rest)
+    return triton.prepare(q, k, v, mask, *rest, with_lse)
 
 
 _CALLS = {
@@ -77,15 +77,15 @@ def _prepare_native(
     from . import cuda, sdpa
 
     def prepare(*call: Any) -> Any:
-        return sdpa.prepare(with_lse, *call) or cuda.prepare(*call)
+        return sdpa.prepare(with_lse, *call) or cuda.prepare(*call, with_lse)
 
     return _prepare_cuda(prepare, q, k, v, mask, *options)
 
 
-def _prepare_decode(*call: Any) -> Any:
+def _prepare_decode(with_lse: bool, *call: Any) -> Any:
     from . import cuda_decode
 
-    return _prepare_cuda(cuda_decode.prepare, *call)
+    return _prepare_cuda(cuda_decode.prepare, *call, with_lse)
 
 
 def _prepare_cuda(prepare: calls.Prepare, *call: Any) -> Any:

@@ -52,11 +52,11 @@ def forward(
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-    on_device: bool,
+    on_device: bool, with_lse: bool = True,
 ) -> _RowCall | _BlockCall:  # fmt: skip
     """See `calls.forward`."""
     make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
-    return make(q, k, v, mask, bias, sinks, scale, softcap, on_device)
+    return make(q, k, v, mask, bias, sinks, scale, softcap, on_device, with_lse)
 
 
 def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
@@ -109,8 +109,9 @@ class _Common:
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None, with_lse: bool,
     ):  # fmt: skip
+        self.with_lse = with_lse
         self.batch, self.heads, self.q_len, self.dim = q.shape
         self.kv_heads, self.kv_len, self.v_dim = k.shape[1], k.shape[2], v.shape[3]
         self.bd = max(16, triton.next_power_of_2(self.dim))
@@ -128,12 +129,14 @@ class _Common:
         self.mask_strides = (*strides, valid_stride)
 
     def outputs(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result and the logarithms, for which the result stands in where nobody asks."""
         out = torch.empty(
             self.batch, self.q_len, self.heads, self.v_dim, dtype=q.dtype, device=q.device
         )
-        return out, torch.empty(
-            self.batch, self.heads, self.q_len, dtype=torch.float32, device=q.device
-        )
+        if not self.with_lse:
+            return out, out
+        shape = (self.batch, self.heads, self.q_len)
+        return out, torch.empty(shape, dtype=torch.float32, device=q.device)
 
     @staticmethod
     def optional(
@@ -156,9 +159,9 @@ class _BlockCall(_Common):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-        on_device: bool,
+        on_device: bool, with_lse: bool,
     ):  # fmt: skip
-        super().__init__(q, k, v, mask, bias, sinks)
+        super().__init__(q, k, v, mask, bias, sinks, with_lse)
         copies = self.batch * self.heads
         if on_device:
             config = select.block_config(q, _padded(q, v), 0.0)
@@ -188,7 +191,7 @@ class _BlockCall(_Common):
             self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, plan.rows,
             config.unit,
             self.split, len(mask.row_ptr) > 1, has_valid, softcap > 0,
-            bias is not None, has_sinks, simple, config.stages, INTERPRETED,
+            bias is not None, has_sinks, with_lse, simple, config.stages, INTERPRETED,
         )  # fmt: skip
         self.main = _Kernel(
             kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
@@ -202,7 +205,7 @@ class _BlockCall(_Common):
                 kernels.merge_kernel, (copies, merges * (plan.rows // cut)),
                 (plan.merges, mask.pattern_id),
                 (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
-                 self.bdv, plan.rows, cut, has_sinks),
+                 self.bdv, plan.rows, cut, has_sinks, with_lse),
                 num_warps=4,
             )  # fmt: skip
 
@@ -229,9 +232,9 @@ class _RowCall(_Common):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-        on_device: bool,
+        on_device: bool, with_lse: bool,
     ):  # fmt: skip
-        super().__init__(q, k, v, mask, bias, sinks)
+        super().__init__(q, k, v, mask, bias, sinks, with_lse)
         group = self.heads // self.kv_heads
         config = select.row_config(q, k, _padded(q, v))
         patterns, tile_rows = len(mask.row_ptr), mask.row_ptr.shape[1] - 1
@@ -256,7 +259,7 @@ class _RowCall(_Common):
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
             max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1,
             masked, listed, patterns > 1, *starts, mask.kv_valid is not None, softcap > 0,
-            bias is not None, has_sinks, config.stages, INTERPRETED,
+            bias is not None, has_sinks, with_lse, config.stages, INTERPRETED,
         )  # fmt: skip
         grid = (self.batch * self.kv_heads, self.takes * self.splits)
         self.main = _Kernel(
@@ -271,7 +274,7 @@ class _RowCall(_Common):
             self.merge = _Kernel(
                 kernels.row_merge_kernel, (self.batch * self.heads, self.q_len), (),
                 (self.heads, self.q_len, self.splits, self.take, self.v_dim, self.bdv,
-                 triton.next_power_of_2(self.splits), has_sinks),
+                 triton.next_power_of_2(self.splits), has_sinks, with_lse),
                 num_warps=4,
             )  # fmt: skip
 

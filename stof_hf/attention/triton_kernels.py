@@ -105,7 +105,7 @@ def block_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
     VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
-    SIMPLE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    LSE: tl.constexpr, SIMPLE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
@@ -225,7 +225,8 @@ def block_kernel(
     if BDV != DV:
         o_mask = o_mask & (offs_dv[None, :] < DV)
     tl.store(out_rows, o.to(out_ptr.dtype.element_ty), mask=o_mask)
-    tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
+    if LSE:
+        tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
 
 
 @triton.jit
@@ -233,6 +234,7 @@ def merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, merges_ptr, pattern_ptr,
     pattern_b, pattern_h, heads, q_len, n_merges, slots,
     DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr, SINKS: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
     """Combine the pieces of a split block, in order, for CUT of its rows."""
     entry = tl.program_id(1) // (ROWS // CUT)
@@ -275,7 +277,8 @@ def merge_kernel(
     tl.store(
         out_rows, o.to(out_ptr.dtype.element_ty), mask=rows_in[:, None] & (offs_dv[None, :] < DV)
     )
-    tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
+    if LSE:
+        tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
 
 
 @triton.jit
@@ -315,8 +318,8 @@ def row_kernel(
     BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     MASK: tl.constexpr, LISTED: tl.constexpr, PATTERNS: tl.constexpr,
     ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr, VALID: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """TAKE query rows of all GROUP heads that share a key head, against one share of their keys.
 
@@ -444,13 +447,15 @@ def row_kernel(
             o.to(out_ptr.dtype.element_ty),
             mask=rows_in[:, None] & (offs_dv[None, :] < DV),
         )
-        tl.store(lse_ptr + (b64 * heads + h) * q_len + offs_m, lse, mask=rows_in)
+        if LSE:
+            tl.store(lse_ptr + (b64 * heads + h) * q_len + offs_m, lse, mask=rows_in)
 
 
 @triton.jit
 def row_merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, heads, q_len, splits,
     TAKE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, SINKS: tl.constexpr,
+    LSE: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query row, all at once (a fixed tree of additions)."""
     i = tl.program_id(1)
@@ -479,4 +484,5 @@ def row_merge_kernel(
     tl.store(out_ptr + ((b * q_len + i) * heads + h) * DV + offs_dv, o.to(out_ptr.dtype.element_ty),
              mask=offs_dv < DV)  # fmt: skip
     lse = tl.where(total > 0, top * LN2 + tl.log(total), float("-inf"))
-    tl.store(lse_ptr + bh * q_len + i, lse)
+    if LSE:
+        tl.store(lse_ptr + bh * q_len + i, lse)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
-from ..attention.op import attention
+from ..attention.op import attention_by_rows
 from ..errors import StofWarning, UnsupportedError
 from ..masks.sparse_mask import SparseMask
 from .patching import fallback_of, pending, stamp_pending, stamp_pending_traced
@@ -94,11 +94,11 @@ def stof_attention(
                 module, stamp, query, key, value, attention_mask, is_causal, position_bias,
                 cu_seq_lens_q, cu_seq_lens_k,
             )  # fmt: skip
-        out = attention(
-            query, key, value, attention_mask,
-            scale=scaling, softcap=softcap or 0.0, bias=position_bias, sinks=s_aux,
+        out = attention_by_rows(
+            query, key, value, attention_mask, scaling,
+            softcap=softcap or 0.0, bias=position_bias, sinks=s_aux,
         )  # fmt: skip
-        return out.transpose(1, 2), None
+        return out, None
     except UnsupportedError as error:
         if torch.compiler.is_compiling() or fallback_of(module) != "sdpa":
             raise

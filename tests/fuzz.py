@@ -12,6 +12,7 @@ import argparse
 import multiprocessing
 import random
 import sys
+import time
 import traceback
 from collections import Counter
 from functools import partial
@@ -186,18 +187,20 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so long")
     given = parser.parse_args()
-    counted, failed = Counter(), []
+    counted, failed, done, begin = Counter(), [], 0, time.monotonic()
     numbers = range(given.first, given.first + given.cases)
     with multiprocessing.get_context("spawn").Pool(given.jobs) as pool:
         for number, ran, wrong in track(pool.imap_unordered(run, numbers, 8), total=given.cases):
             counted.update(ran)
+            done += 1
             if wrong:
                 failed.append(number)
                 print(f"case {number}: {wrong}", file=sys.stderr)
-    print(
-        f"{given.cases} cases, {len(failed)} failed {sorted(failed)[:20]}; calls: {dict(counted)}"
-    )
+            if time.monotonic() - begin > given.seconds:
+                break
+    print(f"{done} cases, {len(failed)} failed {sorted(failed)[:20]}; calls: {dict(counted)}")
     return 1 if failed else 0
 
 

@@ -4,7 +4,12 @@ Triton decides when a kernel is decorated, so TRITON_INTERPRET=1 has to be set b
 imported; conftest.py does so on machines without a GPU.
 """
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,3 +234,17 @@ def test_random_masks(case, dim, dtype, grouped):
     bits_alone = structure_of(case.truth(padding=False))
     mask = SparseMask(case.q_len, case.kv_len, *bits_alone).with_padding(case.padding)
     compare(q, k, v, mask, allowed)
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_and_fits_into_shared_memory():
+    """For GPUs that need not be here, with as many rows in a block as there can be."""
+    script = Path(__file__).with_name("compile_triton.py")
+    paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cases) == 60
+    wrong = [case for case in cases if isinstance(case[1], str) or case[1] > case[2]]
+    assert not wrong, wrong

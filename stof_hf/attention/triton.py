@@ -239,7 +239,9 @@ class _RowCall(_Common):
         config = select.row_config(q, k, _padded(q, v))
         patterns, tile_rows = len(mask.row_ptr), mask.row_ptr.shape[1] - 1
         masked = mask.pattern != calls.FULL_PATTERN
-        listed = masked and self.q_len == 1 and patterns == 1 and config.keys == TILE
+        # Triton's pipeliner (3.6, 3.9) fails on loads of a bias whose place a list of tiles tells.
+        alone = self.q_len == 1 and patterns == 1 and bias is None
+        listed = masked and alone and config.keys == TILE
         if listed:
             table, steps = device_tile_lists(mask) if on_device else tile_lists(mask)
             tile_cols = 0

@@ -9,7 +9,7 @@ from measure import measure
 from strategies import cases
 
 from stof_hf import SparseMask, patterns
-from stof_hf.attention.granules import NONE, GranulePlan, Layout, granule_plan
+from stof_hf.attention.granules import NONE, GranulePlan, Layout, granule_plan, work_of
 from stof_hf.kernels import jit
 from stof_hf.masks.sparse_mask import EMPTY, FULL
 
@@ -152,6 +152,37 @@ def test_thread_blocks_end_together(workers):
     queue = plan.queue.view(-1, workers)
     load = torch.where(queue >= 0, cost[queue.clamp(0) // copies], 0).sum(0)
     assert load.max() <= load.mean() + 0.4 * cost.max()
+
+
+BANDS = [
+    patterns.Dilated(150, 3),
+    patterns.SlidingWindow(100, 30) & ~patterns.Dilated(40, 2),
+    ~patterns.SlidingWindow(90, 50),
+    patterns.Causal() & ~patterns.SlidingWindow(200, 0),
+]
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("pattern", BANDS, ids=str)
+@pytest.mark.parametrize("shape", [(830, 830, 0), (640, 1100, 300)], ids=str)
+def test_tile_rows_that_repeat_what_the_ones_before_hold(pattern, shape, layout):
+    q_len, kv_len, offset = shape
+    mask = SparseMask.from_pattern(pattern, q_len, kv_len, q_offset=offset)
+    rows, columns = torch.arange(q_len)[:, None] + offset, torch.arange(kv_len)[None]
+    none = torch.zeros((), dtype=torch.int64)
+    assert torch.equal(mask.to_dense()[0, 0], pattern(none, none, rows, columns))
+    check(mask, LAYOUTS[layout], 12, 264)
+
+
+@pytest.mark.parametrize("pattern", BANDS, ids=str)
+def test_work_is_what_the_mask_holds(pattern):
+    mask = SparseMask.from_pattern(pattern, 832)
+    held = mask.to_dense()[0, 0].view(13, 64, 52, 16).any(3).any(1)
+    work = work_of(mask)
+    assert work["heads"].items == work["paired"].items == work["triton"].items == 13
+    assert work["heads"].loads == work["paired"].loads == held.sum() / 4
+    pairs = held[:12].view(6, 2, 52).any(1).sum() / 4 + held[12].sum() / 4
+    assert work["rows"].items == 7 and work["rows"].loads == pairs
 
 
 def test_mask_and_plan_at_131072_tokens_take_little():

@@ -106,7 +106,9 @@ class Band : public Leaf {
 // The keys of a band whose distance from the query is a multiple of `step`.
 class Dilated : public Band {
  public:
-  Dilated(const Keys& keys, int64_t reach, int64_t step) : Band(keys, -reach, reach), step_(step) {}
+  Dilated(const Keys& keys, int64_t reach, int64_t step) : Band(keys, -reach, reach), step_(step) {
+    for (int64_t c = 0; c < kTile; c += step) comb_ |= 1ull << c;
+  }
 
   void open(const TileRow& row) override {
     segments.clear();
@@ -117,16 +119,17 @@ class Dilated : public Band {
 
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {
     Band::words(row, tile, out);
+    const int64_t at = row.first - key_of(tile);
+    int64_t phase = at - floor_div(at, step_) * step_;
     for (int r = 0; r < kTile; ++r) {
-      const int64_t at = row.first + r - key_of(tile);
-      uint64_t word = 0;
-      for (int64_t c = at - floor_div(at, step_) * step_; c < kTile; c += step_) word |= 1ull << c;
-      out[r] &= word;
+      out[r] &= phase < kTile ? comb_ << phase : 0;
+      if (++phase == step_) phase = 0;
     }
   }
 
  private:
   int64_t step_;
+  uint64_t comb_ = 0;  // every step-th bit from the first on
 };
 
 // Half-open ranges of positions, ascending and apart.

@@ -56,12 +56,29 @@ class Mask : public Result {
 
   void build(int64_t batch) {
     const size_t first_ptr = row_ptr_.size(), first_run = runs_.size();
+    const bool follows = program_.follows() && tiles_ > 2;
     for (int64_t t = 0; t < tile_rows_; ++t) {
       row_ptr_.push_back((int32_t)runs_.size());
       const int64_t first = p_.q_offset + t * kTile;
       rows_ = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
-      program_.run({batch, first, first + rows_ - 1}, tiles_,
-                   [&](int32_t from, int32_t to, int32_t id) { emit(from, to, id); });
+      program_.open({batch, first, first + rows_ - 1}, tiles_);
+      const auto run = [&](int32_t from, int32_t to) {
+        program_.run(from, to, [&](int32_t from, int32_t to, int32_t id) { emit(from, to, id); });
+      };
+      if (follows && t > 0 && rows_ == kTile) {
+        // All but the first tile, and the last where not all of its keys are there.
+        const int32_t end = tiles_ - (p_.kv_len % kTile != 0);
+        run(0, 1);
+        const int32_t last = row_ptr_.back();
+        for (int32_t i = row_ptr_[row_ptr_.size() - 2]; i < last; ++i) {
+          const Run& before = runs_[i];
+          const int32_t from = before.col + 1;
+          if (from < end) append_tiles(from, std::min(from + before.len, end), before.bits);
+        }
+        run(end, tiles_);
+      } else {
+        run(0, tiles_);
+      }
       if (runs_.size() > INT32_MAX) throw std::length_error("more runs than are counted");
     }
     row_ptr_.push_back((int32_t)runs_.size());

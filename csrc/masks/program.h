@@ -91,9 +91,9 @@ class Program {
     }
   }
 
-  // Calls emit(begin, end, id) for stretches of equal tiles that are not known to be empty.
-  template <typename Emit>
-  void run(const TileRow& row, int32_t tiles, Emit emit) {
+  // Begins a tile row of `tiles` tiles.
+  void open(const TileRow& row, int32_t tiles) {
+    row_ = row;
     changing_.clear();
     for (Node* node : leaves_) {
       node->leaf->open(row);
@@ -101,8 +101,14 @@ class Program {
       *node->state = node->at->state;
       if (node->at->end < tiles) changing_.push_back(node);
     }
-    for (int32_t begin = 0; begin < tiles;) {
-      int32_t end = tiles;
+  }
+
+  // Calls emit(begin, end, id) for stretches of equal tiles, from `begin` to `last`, that are not known to
+  // be empty. Within a row, `begin` must not fall.
+  template <typename Emit>
+  void run(int32_t begin, int32_t last, Emit emit) {
+    while (begin < last) {
+      int32_t end = last;
       for (Node* node : changing_) {
         while (node->at->end <= begin) ++node->at;
         *node->state = node->at->state;
@@ -112,9 +118,16 @@ class Program {
       if (states_.back() == kEverything)
         emit(begin, end, kFullId);
       else if (states_.back() == kSome)
-        emit(begin, end, id(nodes_.back(), row, begin));
+        emit(begin, end, id(nodes_.back(), begin));
       begin = end;
     }
+  }
+
+  // Whether a tile row holds what the one before holds, one tile further on: whether only distances count.
+  bool follows() const {
+    return std::all_of(nodes_.begin(), nodes_.end(), [](const Node& node) {
+      return !node.leaf || node.operation == kBandOp || node.operation == kDilatedOp;
+    });
   }
 
   static constexpr int32_t kEmptyId = 0, kFullId = 1;
@@ -154,30 +167,30 @@ class Program {
     }
   }
 
-  int32_t id(Node& node, const TileRow& row, int32_t tile) {
+  int32_t id(Node& node, int32_t tile) {
     if (*node.state != kSome) return *node.state == kEverything ? kFullId : kEmptyId;
-    if (node.leaf) return id_of_leaf(node, row, tile);
-    int32_t out = id(nodes_[node.of[0]], row, tile);
+    if (node.leaf) return id_of_leaf(node, tile);
+    int32_t out = id(nodes_[node.of[0]], tile);
     if (node.operation == kNotOp) return combine(kNotOp, out, 0);
     const int32_t settled = node.operation == kAndOp ? kEmptyId : kFullId;
     for (size_t i = 1; i < node.of.size() && out != settled; ++i)
-      out = combine(node.operation, out, id(nodes_[node.of[i]], row, tile));
+      out = combine(node.operation, out, id(nodes_[node.of[i]], tile));
     return out;
   }
 
-  int32_t id_of_leaf(Node& node, const TileRow& row, int32_t tile) {
+  int32_t id_of_leaf(Node& node, int32_t tile) {
     Segment& segment = *node.at;
     if (segment.id >= 0) return segment.id;
-    if (segment.key == kNoKey) return segment.id = evaluate(*node.leaf, row, tile);
+    if (segment.key == kNoKey) return segment.id = evaluate(*node.leaf, tile);
     const uint64_t hash = (uint64_t)segment.key * 0x9e3779b97f4a7c15ull;
     Known& known = node.known[hash >> (64 - kKnownBits)];
-    if (known.key != segment.key) known = {segment.key, evaluate(*node.leaf, row, tile)};
+    if (known.key != segment.key) known = {segment.key, evaluate(*node.leaf, tile)};
     return segment.id = known.id;
   }
 
-  int32_t evaluate(Leaf& leaf, const TileRow& row, int32_t tile) {
+  int32_t evaluate(Leaf& leaf, int32_t tile) {
     uint64_t words[kTile];
-    leaf.words(row, tile, words);
+    leaf.words(row_, tile, words);
     return tiles_.add(words);
   }
 
@@ -208,6 +221,7 @@ class Program {
     int32_t a, b, id;
   };
 
+  TileRow row_ = {};  // at hand
   std::vector<Node> nodes_;
   std::vector<State> states_;  // of the tiles at hand, by node
   std::vector<Node*> leaves_, combining_;

@@ -24,7 +24,9 @@ class Plan : public Result {
       while (at < end) {
         const Rows::Tile& one = rows_.tiles[at];
         const bool paired = p.tiles == 2 && at + 1 < ordinary;
-        if (!paired) {
+        if (rows_.repeats(at, 1 + paired)) {
+          blocks_.push_back(steps_.shifted(blocks_.back(), &one, 1 + paired));
+        } else if (!paired) {
           blocks_.push_back(steps_.block(rows_, one, nullptr));
         } else if (const Rows::Tile& two = rows_.tiles[at + 1]; rows_.alike(one, two)) {
           blocks_.push_back(steps_.block(rows_, one, &two));

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "plan.h"
@@ -95,6 +96,7 @@ class Rows {
   struct Tile {
     int32_t name;  // problem.h
     int32_t first, last;  // its runs
+    bool follows;  // they are those of the tile before it, one key tile further on
   };
 
   std::vector<Run> runs;
@@ -108,6 +110,7 @@ class Rows {
     tiles.reserve(p.patterns * p.tile_rows);
     count_granules();
     for (int64_t i = 0; i < p.patterns; ++i) {
+      find_followers(i);
       find_heavy(i);
       if (!heavy_rows_.empty())
         regroup(i);
@@ -124,6 +127,13 @@ class Rows {
     return (double)std::abs(a - b) <= 0.3 * (double)(a + b) + 4;
   }
 
+  // Whether `count` tiles from `at` on, one or two, hold what as many before them hold, `count` key tiles
+  // further on. Two that do are alike.
+  bool repeats(int32_t at, int32_t count) const {
+    const Tile* tile = tiles.data() + at;
+    return tile[0].follows && (count == 1 || (tile[-1].follows && tile[1].follows));
+  }
+
   int64_t visits(const Tile& tile) const {
     int64_t sum = 0;
     for (int32_t i = tile.first; i < tile.last; ++i) sum += runs[i].len;
@@ -136,6 +146,26 @@ class Rows {
   }
 
   uint64_t in_range(int64_t tile) const { return low_bits(p_.q_len - tile * kTile); }
+
+  // Which tile rows of a pattern hold what the one before holds, one key tile further on, as all but the
+  // outermost of a band do: what was found out about one holds for the other.
+  void find_followers(int64_t pattern) {
+    const int32_t* ptr = row_ptr(pattern);
+    follows_.assign(p_.tile_rows, false);
+    // The last one may have fewer rows.
+    const int64_t whole = p_.q_len / kTile;
+    for (int64_t t = 1; t < whole; ++t) {
+      const int64_t before = ptr[t - 1], at = ptr[t], n = ptr[t + 1] - at;
+      if (n != at - before) continue;
+      const size_t bytes = n * sizeof(int32_t);
+      if (std::memcmp(p_.run_len + at, p_.run_len + before, bytes) != 0 ||
+          std::memcmp(p_.run_bits + at, p_.run_bits + before, bytes) != 0)
+        continue;
+      int32_t other = 0;
+      for (int64_t i = 0; i < n; ++i) other |= p_.run_col[at + i] ^ (p_.run_col[before + i] + 1);
+      follows_[t] = other == 0;
+    }
+  }
 
   // How many granules of each tile each row holds.
   void count_granules() {
@@ -155,6 +185,7 @@ class Rows {
     heavy_rows_.clear();
     int64_t saved = 0;
     for (int64_t t = 0; t < p_.tile_rows; ++t) {
+      if (follows_[t] && !heavy_[t - 1]) continue;
       int32_t seen[kTile] = {}, full = 0;
       for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
         if (p_.run_bits[i] == kFull) {
@@ -217,7 +248,7 @@ class Rows {
 
   void begin(int32_t name) {
     const int32_t at = (int32_t)runs.size();
-    tiles.push_back({name, at, at});
+    tiles.push_back({name, at, at, false});
   }
 
   // Appends to the last tile's runs, in order; full ones that touch become one.
@@ -240,6 +271,7 @@ class Rows {
     begin((int32_t)t);
     for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) runs.push_back(run(i));
     tiles.back().last = (int32_t)runs.size();
+    tiles.back().follows = follows_[t] && heavy_rows_.empty();
   }
 
   // A word of ones for each bit that is set, of zeros for each other.
@@ -304,6 +336,7 @@ class Rows {
   const PlanRequest& p_;
   Contents& contents_;
   std::vector<uint8_t> counts_;
+  std::vector<bool> follows_;
   std::vector<uint64_t> heavy_;  // rows of each tile, as bits
   std::vector<int32_t> heavy_rows_;
   std::vector<uint64_t> gathered_;

@@ -60,6 +60,26 @@ class Steps {
       if (&s != run && is_far(s)) add(block, &s, nullptr);
     return block;
   }
+  // The block of `count` tiles, one or two, that hold what those of `before` hold, `count` key tiles
+  // further on.
+  Block shifted(const Block& before, const Rows::Tile* tile, int32_t count) {
+    Block block = before;
+    block.names[0] = tile[0].name, block.names[1] = tile[count - 1].name;
+    block.first_part = (int32_t)parts.size();
+    for (int32_t i = 0; i < before.parts; ++i) {
+      Part part = parts[before.first_part + i];
+      if (part.run_len) part.run_col += count;
+      const int32_t first = part.first_step;
+      part.first_step = (int32_t)steps.size();
+      steps.resize(steps.size() + part.steps);
+      for (int32_t j = 0; j < part.steps; ++j) {
+        Step& step = steps[part.first_step + j] = steps[first + j];
+        for (int32_t& key : step.keys) key += count * kTile;
+      }
+      parts.push_back(part);
+    }
+    return block;
+  }
 
  private:
   static constexpr int32_t kUnknown = -3;

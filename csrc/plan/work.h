@@ -44,15 +44,16 @@ inline void measure(const PlanRequest& p, Work* work) {
     return content == kFull ? 1.0 : content == kEmpty ? 0.1 * loaded : 1.25 * granules(contents.held(content));
   };
   const auto divided = [](double cost) { return cost / 2 + 0.5; };
+  struct Sum {
+    double cost, loaded;
+  };
+  Sum last = {}, both = {};  // of the last tile, and of the last two that share a block
   int32_t at = 0;
   for (int32_t end : rows.ends) {
     const int32_t ordinary = at + (int32_t)p.tile_rows;
-    struct Sum {
-      double cost, loaded;
-    };
     const auto alone = [&](const Rows::Tile& tile) {
-      Sum sum = {};
-      for (int32_t i = tile.first; i < tile.last; ++i) {
+      Sum sum = tile.follows ? last : Sum{};
+      for (int32_t i = tile.first; i < tile.last && !tile.follows; ++i) {
         const Run& run = rows.runs[i];
         const double loaded = granules(contents.held(run.content));
         sum.cost += run.len * cost(run.content, loaded);
@@ -60,9 +61,10 @@ inline void measure(const PlanRequest& p, Work* work) {
       }
       work[kHeads].add(sum.cost, sum.loaded);
       work[kPaired].add(divided(sum.cost), sum.loaded);
-      return sum;
+      return last = sum;
     };
     while (at < end) {
+      const bool repeats = at + 1 < ordinary && rows.repeats(at, 2);
       const Rows::Tile& one = rows.tiles[at++];
       const Sum first = alone(one);
       if (at >= ordinary) {
@@ -71,6 +73,10 @@ inline void measure(const PlanRequest& p, Work* work) {
       }
       const Rows::Tile& two = rows.tiles[at++];
       const Sum second = alone(two);
+      if (repeats) {
+        work[kRows].add(both.cost, both.loaded);
+        continue;
+      }
       if (!rows.alike(one, two)) {
         work[kRows].add(divided(first.cost), first.loaded);
         work[kRows].add(divided(second.cost), second.loaded);
@@ -83,7 +89,8 @@ inline void measure(const PlanRequest& p, Work* work) {
              const double n = end - begin, load = granules(contents.held(a) | contents.held(b));
              each[0] += n * cost(a, load), each[1] += n * cost(b, load), loaded += n * load;
            });
-      work[kRows].add(std::max(each[0], each[1]), loaded);
+      both = {std::max(each[0], each[1]), loaded};
+      work[kRows].add(both.cost, both.loaded);
     }
   }
   for (Work* one = work; one < work + kLayouts; ++one)

@@ -1,0 +1,1 @@
+"""What lies around attention: layers as sequences of operators, fused by templates."""

@@ -1,0 +1,170 @@
+"""A layer as a sequence of operators, and schemes: which of them run as one kernel.
+
+The source is STOF (PPoPP '26): a scheme partitions the sequence into segments and is written as a
+string of bits in which a run of equal bits is a segment. What may be a segment, and what computes
+it, is the table SEGMENTS; nothing else knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+
+from ..errors import UnsupportedError
+
+__all__ = ["OPERATORS", "SEGMENTS", "Scheme", "schemes"]
+
+#: What each operator does to the rows [B * S, N] that come in.
+OPERATORS = {
+    "norm": "LayerNorm or RMSNorm",
+    "gemm": "product with a weight, or with packed ones (queries, keys, values; gate and up)",
+    "bias": "adds the bias of the product in front",
+    "rotary": "rotates queries and keys",
+    "attention": "stof::attention",
+    "act": "activation",
+    "gate": "activation of the first half of the columns times the second",
+    "residual": "adds the rows that came into the block",
+}
+
+_PRODUCT = ("gemm",), ("gemm", "bias")
+#: Segments, and the templates that compute them, "torch" and "cublas" being PyTorch's own kernels.
+SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("attention",): ("attention",),
+    **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual")},
+    ("norm",): ("norm", "torch"),
+    ("rotary",): ("rotary", "torch"),
+    ("residual", "norm"): ("norm",),
+    ("bias", "residual", "norm"): ("norm",),
+}
+for _product in _PRODUCT:
+    SEGMENTS |= {
+        _product: ("cublas", "gemm"),
+        (*_product, "act"): ("gemm",),
+        (*_product, "gate"): ("gated",),
+        (*_product, "rotary"): ("qkv",),
+        (*_product, "residual"): ("gemm",),
+        (*_product, "residual", "norm"): ("gemm_norm",),
+    }
+# Adding the residual to a product without a bias is what cuBLAS does by itself.
+SEGMENTS["gemm", "residual"] = ("cublas", "gemm")
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A partition of a layer's operators into segments.
+
+    Args:
+        operators: names from OPERATORS, in the order in which they run.
+        sizes: operators of each segment.
+
+    Raises UnsupportedError for an operator that is not known, and ValueError for sizes that do not
+    add up.
+
+    >>> layer = ("gemm", "bias", "attention", "gemm", "bias", "residual", "norm")
+    >>> scheme = Scheme(layer, (2, 1, 4))
+    >>> scheme.bits, str(scheme)
+    ('0010000', '[gemm bias] [attention] [gemm bias residual norm]')
+    >>> Scheme.decode(layer, "0010000") == scheme
+    True
+    >>> scheme.legal
+    True
+    """
+
+    operators: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.operators) - set(OPERATORS):
+            raise UnsupportedError(
+                f"no operator is called {min(unknown)!r}: there are {', '.join(OPERATORS)}"
+            )
+        if min(self.sizes, default=0) < 1 or sum(self.sizes) != len(self.operators):
+            raise ValueError(f"segments of {self.sizes} are no partition of {len(self.operators)}")
+
+    @classmethod
+    def unfused(cls, operators: tuple[str, ...]) -> Scheme:
+        """Each operator by itself."""
+        return cls(operators, (1,) * len(operators))
+
+    @classmethod
+    def decode(cls, operators: tuple[str, ...], bits: str) -> Scheme:
+        """The scheme whose `bits` these are; raises ValueError where they are none."""
+        if len(bits) != len(operators) or set(bits) - set("01"):
+            raise ValueError(f"{bits!r} is no scheme of {len(operators)} operators")
+        borders = [i for i in range(1, len(bits)) if bits[i] != bits[i - 1]]
+        return cls._cut(operators, borders)
+
+    @classmethod
+    def _cut(cls, operators: tuple[str, ...], borders: list[int]) -> Scheme:
+        ends = [0, *borders, len(operators)]
+        return cls(operators, tuple(b - a for a, b in zip(ends, ends[1:], strict=False)))
+
+    @property
+    def bits(self) -> str:
+        """One bit an operator; a run of equal bits is a segment. Begins with 0."""
+        return "".join("01"[i % 2] * size for i, size in enumerate(self.sizes))
+
+    @property
+    def borders(self) -> tuple[int, ...]:
+        """Where each segment but the first begins."""
+        return tuple(accumulate(self.sizes))[:-1]
+
+    @property
+    def segments(self) -> tuple[tuple[str, ...], ...]:
+        ends = (0, *self.borders, len(self.operators))
+        return tuple(self.operators[a:b] for a, b in zip(ends, ends[1:], strict=False))
+
+    @property
+    def legal(self) -> bool:
+        """Whether a template computes each segment."""
+        return all(segment in SEGMENTS for segment in self.segments)
+
+    def expand(self) -> Iterator[Scheme]:
+        """Two neighbouring segments become one."""
+        yield from self._legal([b for b in self.borders if b != border] for border in self.borders)
+
+    def seize(self) -> Iterator[Scheme]:
+        """A segment takes operators from the end or the beginning of its neighbour."""
+        ends = (0, *self.borders, len(self.operators))
+        yield from self._legal(
+            [moved if b == border else b for b in self.borders]
+            for before, border, behind in zip(ends, ends[1:], ends[2:], strict=False)
+            for moved in range(before + 1, behind)
+            if moved != border
+        )
+
+    def compete(self) -> Iterator[Scheme]:
+        """Three neighbouring segments become two: the outer ones share out the one between."""
+        ends = (0, *self.borders, len(self.operators))
+        yield from self._legal(
+            sorted({*self.borders, cut} - {first, second})
+            for first, second in zip(ends[1:], ends[2:-1], strict=False)
+            for cut in range(first + 1, second)
+        )
+
+    def _legal(self, cuts: Iterator[list[int]]) -> Iterator[Scheme]:
+        found = (self._cut(self.operators, cut) for cut in cuts)
+        yield from (scheme for scheme in found if scheme.legal)
+
+    def __str__(self) -> str:
+        return " ".join(f"[{' '.join(segment)}]" for segment in self.segments)
+
+
+@cache
+def schemes(operators: tuple[str, ...]) -> tuple[Scheme, ...]:
+    """Every legal scheme of a layer, those with long segments in front first.
+
+    >>> [str(s) for s in schemes(("gemm", "bias", "act"))]
+    ['[gemm bias act]', '[gemm bias] [act]', '[gemm] [bias] [act]']
+    """
+
+    def sizes(rest: tuple[str, ...]) -> Iterator[tuple[int, ...]]:
+        if not rest:
+            yield ()
+        for size in range(len(rest), 0, -1):
+            if rest[:size] in SEGMENTS:
+                yield from ((size, *others) for others in sizes(rest[size:]))
+
+    return tuple(Scheme(operators, found) for found in sizes(operators))

@@ -1,0 +1,34 @@
+"""LLaMA, Mistral and Qwen2: pre-norm decoder layers with rotary embeddings and a gated MLP."""
+
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
+
+from stof_hf.fusion.layer import Attention, Layer, Operator
+
+LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
+
+
+def layer(module: LlamaDecoderLayer) -> Layer:
+    own, mlp = module.self_attn, module.mlp
+    packed = own.q_proj, own.k_proj, own.v_proj
+    size = own.head_dim
+    heads, kv_heads = own.q_proj.out_features // size, own.k_proj.out_features // size
+    to = Attention(own, heads, kv_heads, size, own.scaling)
+
+    def product(*modules) -> tuple[Operator, ...]:
+        # Qwen2 has biases on queries, keys and values, LLaMA where its configuration says so.
+        bias = (Operator("bias", modules),) if modules[0].bias is not None else ()
+        return Operator("gemm", modules), *bias
+
+    return Layer(
+        (
+            Operator("norm", (module.input_layernorm,)), *product(*packed),
+            Operator("rotary", attention=to), Operator("attention", attention=to),
+            *product(own.o_proj), Operator("residual"),
+            Operator("norm", (module.post_attention_layernorm,)),
+            *product(mlp.gate_proj, mlp.up_proj), Operator("gate", function=mlp.act_fn),
+            *product(mlp.down_proj), Operator("residual"),
+        ),
+        norm_first=True,
+    )  # fmt: skip

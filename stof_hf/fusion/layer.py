@@ -1,0 +1,159 @@
+"""A layer of a model, told as operators, and how PyTorch computes them one by one.
+
+What fused templates compute is defined by this: the same operators on the same rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["Attention", "Context", "Layer", "Operator", "Rows"]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One of `layer_ops.OPERATORS`.
+
+    Args:
+        modules: of a product and its bias, the projections whose results stand side by side; of a
+            norm, the module.
+        function: the activation of "act" and "gate".
+        attention: of "attention" and "rotary".
+    """
+
+    name: str
+    modules: tuple[nn.Module, ...] = ()
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Heads of the packed rows [B, S, (H + 2 Hkv) * D], and the module that Transformers' attention
+    functions are called with."""
+
+    module: nn.Module
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scaling: float
+
+
+@dataclass
+class Context:
+    """What a layer is called with besides its rows."""
+
+    mask: Any = None
+    cache: Any = None
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    rest: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Rows:
+    """Rows [B, S, N] between two operators, and those that the next residual adds."""
+
+    rows: torch.Tensor
+    residual: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Args: operators in the order in which they run. norm_first: whether a norm begins a block
+    (GPT-2, LLaMA), so that what stands in front of it is the residual, or ends one (BERT)."""
+
+    operators: tuple[Operator, ...]
+    norm_first: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(operator.name for operator in self.operators)
+
+    def run(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
+        """The layer's result, operator by operator."""
+        state = Rows(hidden, hidden)
+        for operator in self.operators:
+            state = self.compute(operator, state, context)
+        return state.rows
+
+    def compute(self, operator: Operator, state: Rows, context: Context) -> Rows:
+        """One operator, as PyTorch has it."""
+        rows, residual = state.rows, state.residual
+        match operator.name:
+            case "gemm":
+                rows = F.linear(rows, packed_weight(operator.modules))
+            case "bias":
+                rows = rows + packed_bias(operator.modules)
+            case "act":
+                rows = operator.function(rows)
+            case "gate":
+                gate, up = rows.chunk(2, -1)
+                rows = operator.function(gate) * up
+            case "residual":
+                rows = rows + residual
+            case "norm":
+                before, rows = rows, operator.modules[0](rows)
+                residual = before if self.norm_first else rows
+            case "rotary":
+                rows = rotate(rows, operator.attention, context)
+            case "attention":
+                rows = attend(rows, operator.attention, context)
+        return Rows(rows, residual)
+
+
+def packed_weight(modules: tuple[nn.Module, ...]) -> torch.Tensor:
+    """[N, K] of projections side by side: a view where they lie one behind the other in memory."""
+    # Conv1D keeps [K, N].
+    weights = [m.weight if isinstance(m, nn.Linear) else m.weight.mT for m in modules]
+    return weights[0] if len(weights) == 1 else _adjacent(weights) or torch.cat(weights)
+
+
+def packed_bias(modules: tuple[nn.Module, ...]) -> torch.Tensor:
+    """[N], likewise."""
+    biases = [m.bias for m in modules]
+    return biases[0] if len(biases) == 1 else _adjacent(biases) or torch.cat(biases)
+
+
+def _adjacent(parts: list[torch.Tensor]) -> torch.Tensor | None:
+    """The tensors as one, without a copy, or None where they do not follow each other in memory."""
+    first, place = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != place or not part.is_contiguous():
+            return None
+        place += part.nbytes
+    size = (sum(len(part) for part in parts), *first.shape[1:])
+    return first.as_strided(size, first.stride(), first.storage_offset())
+
+
+def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:
+    """q [B, H, S, D], k and v [B, Hkv, S, D] as views of packed rows."""
+    heads = rows.unflatten(-1, (to.heads + 2 * to.kv_heads, to.head_dim)).transpose(1, 2)
+    return heads.split((to.heads, to.kv_heads, to.kv_heads), dim=1)
+
+
+def rotate(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
+    """Rotary embedding of queries and keys, as Transformers' apply_rotary_pos_emb."""
+    cos, sin = (x.unsqueeze(2) for x in context.position_embeddings)
+    heads = rows.unflatten(-1, (to.heads + 2 * to.kv_heads, to.head_dim))
+    turned, values = heads.split((to.heads + to.kv_heads, to.kv_heads), dim=2)
+    low, high = turned.chunk(2, -1)
+    turned = turned * cos + torch.cat((-high, low), -1) * sin
+    return torch.cat((turned, values), 2).flatten(2)
+
+
+def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
+    """[B, S, H * D] by the attention function that the model is set to."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    q, k, v = split(rows, to)
+    if context.cache is not None:
+        k, v = context.cache.update(k, v, to.module.layer_idx)
+    function = ALL_ATTENTION_FUNCTIONS[to.module.config._attn_implementation]
+    out, _ = function(to.module, q, k, v, context.mask, scaling=to.scaling, **context.rest)
+    return out.reshape(*rows.shape[:2], -1)

@@ -3,25 +3,23 @@
 from transformers.models.bert.modeling_bert import BertLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
-from stof_hf.fusion.layer import Attention, Layer, Operator
+from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (BertLayer, RobertaLayer)
 
 
 def layer(module: BertLayer) -> Layer:
     own, out = module.attention.self, module.attention.output
-    packed = own.query, own.key, own.value
     heads, size = own.num_attention_heads, own.attention_head_size
-    up, down = (module.intermediate.dense,), (module.output.dense,)
     return Layer(
         (
-            Operator("gemm", packed), Operator("bias", packed),
+            *product(own.query, own.key, own.value),
             Operator("attention", attention=Attention(own, heads, heads, size, own.scaling)),
-            Operator("gemm", (out.dense,)), Operator("bias", (out.dense,)), Operator("residual"),
+            *product(out.dense), Operator("residual"),
             Operator("norm", (out.LayerNorm,)),
-            Operator("gemm", up), Operator("bias", up),
+            *product(module.intermediate.dense),
             Operator("act", function=module.intermediate.intermediate_act_fn),
-            Operator("gemm", down), Operator("bias", down), Operator("residual"),
+            *product(module.output.dense), Operator("residual"),
             Operator("norm", (module.output.LayerNorm,)),
         ),
         norm_first=False,

@@ -2,24 +2,23 @@
 
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
-from stof_hf.fusion.layer import Attention, Layer, Operator
+from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (GPT2Block,)
 
 
 def layer(module: GPT2Block) -> Layer:
     own, mlp = module.attn, module.mlp
-    packed, out, up, down = (own.c_attn,), (own.c_proj,), (mlp.c_fc,), (mlp.c_proj,)
     heads, size = own.num_heads, own.head_dim
     return Layer(
         (
             Operator("norm", (module.ln_1,)),
-            Operator("gemm", packed), Operator("bias", packed),
+            *product(own.c_attn),
             Operator("attention", attention=Attention(own, heads, heads, size, own.scaling)),
-            Operator("gemm", out), Operator("bias", out), Operator("residual"),
+            *product(own.c_proj), Operator("residual"),
             Operator("norm", (module.ln_2,)),
-            Operator("gemm", up), Operator("bias", up), Operator("act", function=mlp.act),
-            Operator("gemm", down), Operator("bias", down), Operator("residual"),
+            *product(mlp.c_fc), Operator("act", function=mlp.act),
+            *product(mlp.c_proj), Operator("residual"),
         ),
         norm_first=True,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from stof_hf.fusion.layer import Attention, Layer, Operator
+from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (LlamaDecoderLayer, MistralDecoderLayer, Qwen2DecoderLayer)
 
@@ -15,11 +15,6 @@ def layer(module: LlamaDecoderLayer) -> Layer:
     size = own.head_dim
     heads, kv_heads = own.q_proj.out_features // size, own.k_proj.out_features // size
     to = Attention(own, heads, kv_heads, size, own.scaling)
-
-    def product(*modules) -> tuple[Operator, ...]:
-        # Qwen2 has biases on queries, keys and values, LLaMA where its configuration says so.
-        bias = (Operator("bias", modules),) if modules[0].bias is not None else ()
-        return Operator("gemm", modules), *bias
 
     return Layer(
         (

@@ -30,6 +30,14 @@ MODELS = {
         transformers.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True)
     ),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GQA)),
+    "modernbert": lambda: transformers.ModernBertModel(
+        transformers.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=16)
+    ),
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(
+            **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=28, patch_size=4
+        )
+    ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GQA)),
 }
 
@@ -48,7 +56,9 @@ def model(request):
 
 
 @pytest.fixture
-def inputs():
+def inputs(model):
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 28, 28)}
     ids = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
     return {
         "input_ids": ids,

@@ -22,7 +22,7 @@ from .layer import Context, Layer
 __all__ = ["install", "patch_of", "restore"]
 
 #: Modules of stof_hf.patches.
-FAMILIES = ("bert", "gpt2", "llama")
+FAMILIES = ("bert", "gpt2", "llama", "modernbert", "vit")
 #: What a layer may be called with and still be computed by its operators, by the names that
 #: Transformers' layers use; anything else that is given runs the layer's own code.
 _MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"

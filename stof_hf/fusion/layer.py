@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Attention", "Context", "Layer", "Operator", "Rows"]
+__all__ = ["Attention", "Context", "Layer", "Operator", "Rows", "product"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class Attention:
     kv_heads: int
     head_dim: int
     scaling: float
+
+
+def product(*modules: nn.Module) -> tuple[Operator, ...]:
+    """A product of projections side by side, and their bias where they have one."""
+    bias = (Operator("bias", modules),) if modules[0].bias is not None else ()
+    return Operator("gemm", modules), *bias
 
 
 @dataclass

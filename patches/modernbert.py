@@ -1,0 +1,28 @@
+"""ModernBERT: pre-norm encoder layers with rotary embeddings and a gated MLP."""
+
+from torch import nn
+from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
+
+from stof_hf.fusion.layer import Attention, Layer, Operator, product
+
+LAYERS = (ModernBertEncoderLayer,)
+
+
+def layer(module: ModernBertEncoderLayer) -> Layer:
+    own, mlp = module.attn, module.mlp
+    heads = module.config.num_attention_heads
+    to = Attention(own, heads, heads, own.head_dim, own.head_dim**-0.5)
+    # The first layer has none: the embeddings are normalised already.
+    first = module.attn_norm
+    return Layer(
+        (
+            *(() if isinstance(first, nn.Identity) else (Operator("norm", (first,)),)),
+            *product(own.Wqkv), Operator("rotary", attention=to),
+            Operator("attention", attention=to),
+            *product(own.Wo), Operator("residual"),
+            Operator("norm", (module.mlp_norm,)),
+            *product(mlp.Wi), Operator("gate", function=mlp.act),
+            *product(mlp.Wo), Operator("residual"),
+        ),
+        norm_first=True,
+    )  # fmt: skip

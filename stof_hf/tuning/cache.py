@@ -62,7 +62,8 @@ class Found:
     Args:
         wanted: the key that was looked up.
         key: the key of the result: `wanted`, or the nearest one.
-        shipped: whether it comes with the package; then only the GPU's name is known to agree.
+        shipped: whether it comes with the package; then only the GPU's name is known to agree, and
+            a template or a parameter that it names may be gone.
     """
 
     wanted: Key
@@ -116,8 +117,8 @@ def store(key: Key, entry: Entry, where: Environment) -> None:
         _merge({key: entry}, where)
     except OSError as error:
         warnings.warn(
-            f"stof_hf: cannot write the tuning cache {folder()} ({error}); this result is lost "
-            "when the process ends. Set STOF_CACHE_DIR to a writable folder.",
+            f"stof_hf: cannot write the tuning cache {folder()} ({error}); this result is not "
+            "kept. Set STOF_CACHE_DIR to a writable folder.",
             StofWarning,
             stacklevel=2,
         )

@@ -9,6 +9,7 @@ import re
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,6 +37,11 @@ class Environment:
     triton: str | None
     stof_hf: str
     sources: str
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, str) and (value is not None or name == "device"):
+                raise TypeError(f"{name} must be a string, not {value!r}")
 
     @property
     def slug(self) -> str:
@@ -95,8 +101,12 @@ def _driver() -> str | None:
 
 @lru_cache(1)
 def _sources() -> str:
-    """Hash of what kernels are compiled from and chosen by, wherever the package lies."""
+    """Hash of what kernels and schemes are made from, wherever the package lies."""
     package = Path(__file__).parents[1]
-    groups = [sorted((package / name).rglob("*.py")) for name in ("attention", "fusion")]
-    cuda = [file for file in (jit.source_dir() / "cuda").rglob("*") if file.is_file()]
-    return jit.key_of((), [jit.key_of(files, ()) for files in (*groups, cuda)])
+    folders = [package / "attention", package / "fusion", jit.source_dir() / "cuda"]
+    folders += map(Path, find_spec("stof_hf.patches").submodule_search_locations)
+    groups = [
+        [file for file in folder.rglob("*") if file.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")]
+        for folder in folders
+    ]
+    return jit.key_of((), [jit.key_of(files, ()) for files in groups])

@@ -156,14 +156,20 @@ class Key:
         """Eight hexadecimal digits that stand for the key on the command line."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
 
-    def distance(self, other: Key) -> tuple[float, float, int] | None:
+    def distance(self, other: Key) -> tuple[float, ...] | None:
         """How far the sizes of `other` are, or None where it is of another kind.
 
-        The first number counts doublings: |log2| of the ratio of the sequence lengths, plus that of
-        the batch sizes. Among equal ones the nearer sequence length is less, then the longer one.
+        The first number counts doublings: |log2| of the ratio of the sequence lengths, plus that
+        of the batch sizes. Among equal ones the nearer sequence length comes first, then the longer
+        one, then the larger batch.
         """
         kinds = [(key.model, key.phase, key.dtype, key.mask) for key in (self, other)]
         if kinds[0] != kinds[1]:
             return None
         tokens = abs(math.log2(other.seq_len / self.seq_len))
-        return tokens + abs(math.log2(other.batch / self.batch)), tokens, -other.seq_len
+        return (
+            tokens + abs(math.log2(other.batch / self.batch)),
+            tokens,
+            -other.seq_len,
+            -other.batch,
+        )

@@ -531,7 +531,7 @@ def test_command_says_that_imported_results_are_not_used(tmp_path):
     cache.store(KEY, entry(), ELSEWHERE)
     cache.export(tmp_path / "out.json", ELSEWHERE)
     result, text = invoke("import", tmp_path / "out.json")
-    assert result.exit_code == 0 and text == "nothing is tuned yet"
+    assert result.exit_code == 0
     assert "not used here, being measured with device NVIDIA Nowhere (here " in text
 
 

@@ -54,6 +54,11 @@ class TunedFile:
     environment: Environment
     entries: Mapping[Key, Entry]
 
+    @property
+    def shipped(self) -> bool:
+        """Whether it comes with the package."""
+        return self.path.parent == shipped_dir()
+
 
 @dataclass(frozen=True)
 class Found:

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from .cache import TunedFile, shipped_dir
+from .cache import TunedFile
 from .entry import Entry
 from .environment import Environment
 from .keys import Key
@@ -60,7 +60,7 @@ def detail(file: TunedFile, key: Key, entry: Entry) -> Group:
 
 def _title(file: TunedFile, here: Environment) -> str:
     device = file.environment.device
-    if file.path.parent == shipped_dir():
+    if file.shipped:
         use = "used here" if device == here.device else "not used here"
         return f"{device}, shipped with stof_hf: {use}"
     differences = file.environment.differences(here)

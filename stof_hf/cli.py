@@ -15,8 +15,10 @@ from .errors import MaskError, StofError
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 mask_app = typer.Typer(no_args_is_help=True, help="Look at masks.")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure.")
+cache_app = typer.Typer(no_args_is_help=True, help="Look at tuned results, move and remove them.")
 app.add_typer(mask_app, name="mask")
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 console = Console()
 if not console.is_terminal:
     console = Console(width=140)  # tables in a log are not cut to 80 columns
@@ -270,6 +272,57 @@ def bench_masks(
     lengths = _numbers(seq_len) or building.LENGTHS
     where = default_device(device)
     console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
+
+
+@cache_app.command("list")
+def cache_list() -> None:
+    """Show all tuned results, and which hold here."""
+    from .tuning import cache, tables
+
+    console.print(tables.overview(cache.list_(), cache.environment()))
+
+
+@cache_app.command("show")
+def cache_show(id: Annotated[str, typer.Argument(help="As the list names it.")]) -> None:
+    """Show a result: its schemes, kernels and times.
+
+    stof cache show 1f2e3d4c
+    """
+    from .tuning import cache, tables
+
+    for found in cache.show(id):
+        console.print(tables.detail(*found))
+
+
+@cache_app.command("export")
+def cache_export(path: Annotated[Path, typer.Argument(help="File to write.")]) -> None:
+    """Write what was tuned for this GPU with these versions to a file."""
+    from .tuning import cache
+
+    count = cache.export(path, cache.environment())
+    console.print(f"results exported to {path}: {count}", highlight=False, soft_wrap=True)
+
+
+@cache_app.command("import")
+def cache_import(path: Annotated[Path, typer.Argument(help="What export wrote.")]) -> None:
+    """Add what another machine exported, where it is faster than what is here."""
+    from .tuning import cache
+
+    count, where = cache.import_(path)
+    console.print(f"results new or faster than before: {count}", highlight=False)
+    if differences := where.differences(cache.environment()):
+        text = f"they are not used here, being measured with {differences}"
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+
+
+@cache_app.command("clear")
+def cache_clear(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False) -> None:
+    """Remove all tuned results of yours, for every GPU and version."""
+    from .tuning import cache
+
+    if not yes:
+        typer.confirm(f"Remove all tuned results in {cache.folder()}?", abort=True)
+    console.print(f"files removed: {cache.clear()}", highlight=False)
 
 
 def main() -> None:

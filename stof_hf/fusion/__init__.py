@@ -1,0 +1,1 @@
+"""What lies around attention, fused: operator sequences, templates, and modules made of them."""

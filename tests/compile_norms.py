@@ -55,63 +55,54 @@ def norm_calls(memory):
     for (m, n), dtype, rms, full in product(
         ((3, 5), (128, 768), (32768, 4096), (7, 16384)), (HALF, FULL), (False, True), (False, True)
     ):
-        x, v = zeros(m, n, dtype=dtype), zeros(n)
+        x, v = zeros(m, n, dtype=dtype), zeros(n, dtype=FULL if full else dtype)
         extra = {"bias": v, "residual": x, "return_sum": True} if full else {}
-        shift = None if rms else v
-        yield (
-            f"{m}x{n} {dtype} rms={rms} full={full}",
-            lambda: norm.norm(x, v, shift, eps=1e-5, rms=rms, **extra),
-        )
+        norm.norm(x, v, None if rms else v, eps=1e-5, rms=rms, **extra)
+        yield f"{m}x{n} {dtype} {rms=} {full=}"
 
 
 def gemm_norm_calls(memory):
     for m, n, k, dtype in (
-        (128, 768, 3072, HALF), (32768, 768, 768, HALF), (32768, 1024, 4096, HALF),
-        (70, 1000, 72, torch.bfloat16), (32768, 512, 2048, torch.bfloat16), (32768, 64, 64, HALF),
-        (300, 33, 7, HALF), (128, 768, 768, FULL),
+        (128, 768, 3072, HALF), (32768, 1024, 4096, HALF), (70, 1000, 72, torch.bfloat16),
+        (32768, 512, 2048, torch.bfloat16), (300, 33, 7, HALF), (128, 768, 768, FULL),
     ):  # fmt: skip
         x, v, h = zeros(m, k, dtype=dtype), zeros(n), zeros(m, n, dtype=dtype)
         for conv1d, rms in ((False, False), (True, True)):
             w = zeros(k, n, dtype=dtype).T if conv1d else zeros(n, k, dtype=dtype)
-            yield (
-                f"{m}x{n}x{k} {dtype} {conv1d=} {rms=}",
-                lambda: gemm_norm.gemm_norm(
-                    x, w, v, None if rms else v, v, h, eps=1e-5, rms=rms, return_sum=rms
-                ),
+            gemm_norm.gemm_norm(
+                x, w, v, None if rms else v, v, h, eps=1e-5, rms=rms, return_sum=rms
             )
-    # The largest that `fits` allows: what it says of shared memory and registers has to hold.
-    x, w, v, h = zeros(128, 4096), zeros(1024, 4096), zeros(1024), zeros(128, 1024)
-    for values in product(*gemm_norm.SPACE.values()):
-        params = dict(zip(gemm_norm.SPACE, values, strict=True))
-        sizes = [
-            gemm_norm.fits(
-                params | {name: 2 * params[name]}, 1024, 4096, HALF, shared_memory=memory
-            )
-            for name in ("block_m", "block_k")
-        ]
-        if gemm_norm.fits(params, 1024, 4096, HALF, shared_memory=memory) and not any(sizes):
-            yield (
-                str(params),
-                lambda: gemm_norm.gemm_norm(
-                    x, w, v, v, v, h, eps=1e-5, return_sum=True, params=params
-                ),
-            )
+            yield f"{m}x{n}x{k} {dtype} {conv1d=} {rms=}"
+    # The most that `fits` allows: what it says of shared memory has to hold.
+    for n, dtype in ((1024, HALF), (512, HALF), (256, FULL)):
+        x, w, v = zeros(64, 64, dtype=dtype), zeros(n, 64, dtype=dtype), zeros(n)
+        h = zeros(64, n, dtype=dtype)
+        for params in largest(gemm_norm, n, dtype, memory):
+            gemm_norm.gemm_norm(x, w, v, v, v, h, eps=1e-5, return_sum=True, params=params)
+            yield f"{n} {dtype} {params}"
+
+
+def largest(template, n, dtype, memory):
+    """Parameters that fit, but would not with any one of the sizes doubled or one more stage."""
+    for values in product(*template.SPACE.values()):
+        params = dict(zip(template.SPACE, values, strict=True))
+        more = [params | {name: 2 * params[name]} for name in ("block_m", "block_k")]
+        more.append(params | {"stages": params["stages"] + 1})
+        if template.fits(params, n, dtype, shared_memory=memory) and not any(
+            template.fits(p, n, dtype, shared_memory=memory) for p in more
+        ):
+            yield params
 
 
 def rotary_calls(memory):
     for tokens, heads, kv_heads, dim, width, dtype in (
-        (1, 32, 8, 128, 128, HALF), (128, 12, 12, 64, 64, torch.bfloat16), (4096, 32, 8, 128, 128, HALF),
-        (70, 5, 1, 80, 20, HALF), (2048, 8, 8, 256, 256, FULL),
+        (1, 32, 8, 128, 128, HALF), (128, 12, 12, 64, 64, torch.bfloat16),
+        (4096, 32, 8, 128, 128, HALF), (70, 5, 1, 80, 20, HALF), (2048, 8, 8, 256, 256, FULL),
     ):  # fmt: skip
-        q, k = (
-            zeros(2, tokens, heads, dim, dtype=dtype),
-            zeros(2, tokens, kv_heads, dim, dtype=dtype),
-        )
+        q, k = (zeros(2, tokens, h, dim, dtype=dtype) for h in (heads, kv_heads))
         cos = zeros(1, tokens, width, dtype=dtype)
-        yield (
-            f"{tokens} {heads}/{kv_heads} {dim}/{width} {dtype}",
-            lambda: rotary.rotary(q, k, cos, cos),
-        )
+        rotary.rotary(q, k, cos, cos)
+        yield f"{tokens} {heads}/{kv_heads} {dim}/{width} {dtype}"
 
 
 if __name__ == "__main__":
@@ -125,8 +116,7 @@ if __name__ == "__main__":
     kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory
-        for name, call in calls(memory):
-            call()
+        for name in calls(memory):
             args, named = launches.pop()
             try:
                 taken = compiled(kernel, capability, args, named)

@@ -1,8 +1,8 @@
 """GEMM + bias + residual + norm, for outputs whose whole row fits into one program.
 
 A program multiplies BLOCK_M rows of x with all of the weight (BLOCK_N is the power of two that
-holds N), adds bias and residual to the accumulators and normalises them where they are. Each program
-reads the weight from L2, and accumulators limit BLOCK_M, so this pays for small M and N.
+holds N), adds bias and residual to the accumulators and normalises them where they are. Each
+program reads the weight from L2, and accumulators limit BLOCK_M, so this pays for small M and N.
 """
 
 from __future__ import annotations
@@ -47,22 +47,26 @@ def default(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) ->
     block_ms = [b for b in (64, 32) if m >= b * busy] + [16]
     for block_m, block_k, stages, warps in product(block_ms, (64, 32, 16), (3, 2, 1), (8, 4, 16)):
         params = {"block_m": block_m, "block_k": block_k, "warps": warps, "stages": stages}
-        if fits(params, n, k, dtype, shared_memory=memory):
+        if fits(params, n, dtype, shared_memory=memory):
             return params
     raise UnsupportedError(
         f"rows of {n} outputs do not fit into one program: run the projection and `norm` apart"
     )
 
 
-def fits(params: dict[str, int], n: int, k: int, dtype: torch.dtype, *, shared_memory: int) -> bool:
-    """Whether the accumulators stay in registers and the tiles in shared memory."""
-    block_m, block_k = params["block_m"], params["block_k"]
+def fits(params: dict[str, int], n: int, dtype: torch.dtype, *, shared_memory: int) -> bool:
+    """Whether accumulators and addresses stay in registers and the tiles in shared memory."""
+    block_m, block_k, stages = params["block_m"], params["block_k"], params["stages"]
     block_n, threads = width(n), 32 * params["warps"]
-    # Half of a thread's registers, of which it has at most 255.
-    accumulators = min(128, (64 << 10) // threads // 2)
-    tiles = params["stages"] * (block_m + block_n) * block_k * dtype.itemsize
+    tile = (block_m + block_n) * block_k * dtype.itemsize
+    # A thread copies 16 bytes at a time, to and from 64-bit addresses.
+    registers = block_m * block_n / threads + 2 * tile / 16 / threads
+    # wgmma reads a tile where it was copied to, smaller products are loaded a step ahead.
+    tiles = tile * (stages if block_m >= 64 else max(1, stages - 1))
     return (
-        n <= MAX_COLUMNS and block_m * block_n <= accumulators * threads and tiles <= shared_memory
+        n <= MAX_COLUMNS
+        and registers <= 0.7 * min(255, (64 << 10) // threads)
+        and max(tiles, 4 * block_m * block_n // 2) <= shared_memory
     )
 
 

@@ -24,9 +24,6 @@ from .norm_common import (
 )
 
 MAX_COLUMNS = 16384
-#: Elements of a row block that a thread may hold before registers spill.
-_MAX_PER_THREAD = 64
-
 SPACE: dict[str, tuple[int, ...]] = {
     "rows": (1, 2, 4, 8, 16, 32),
     "warps": (1, 2, 4, 8, 16, 32),
@@ -47,13 +44,15 @@ def default(m: int, n: int, device: torch.device) -> dict[str, int]:
 
 
 def fits(params: dict[str, int], n: int, *, shared_memory: int) -> bool:
-    """Whether rows of n elements stay in registers with these parameters."""
-    per_thread = params["rows"] * width(n) / (32 * params["warps"])
-    # Where rows span warps, each warp leaves one partial sum a row.
+    """Whether rows of n elements stay in registers with these parameters, half of a thread's."""
+    threads = 32 * params["warps"]
+    per_thread = params["rows"] * width(n) / threads
+    # Vectors change threads, and warps that share a row exchange their sums.
+    taken = 4 * width(n) + 4 * params["rows"] * params["warps"]
     return (
         n <= MAX_COLUMNS
-        and 1 <= per_thread <= _MAX_PER_THREAD
-        and 4 * params["rows"] * params["warps"] <= shared_memory
+        and 1 <= per_thread <= min(64, (32 << 10) // threads)
+        and taken <= shared_memory
     )
 
 

@@ -15,9 +15,6 @@ from ...attention import select
 from ...errors import UnsupportedError
 from .norm_common import DTYPES, on_device_of, refuse_gradients
 
-#: Pairs that a thread may hold before registers spill.
-_MAX_PER_THREAD = 32
-
 SPACE: dict[str, tuple[int, ...]] = {
     "tokens": (1, 2, 4, 8, 16, 32),
     "heads": (1, 2, 4, 8, 16),
@@ -48,12 +45,11 @@ def default(tokens: int, heads: int, rotary_dim: int, device: torch.device) -> d
 
 
 def fits(params: dict[str, int], rotary_dim: int, *, shared_memory: int) -> bool:
-    """Whether a block of pairs gives every thread some and stays in registers.
-
-    The kernel takes no shared memory.
-    """
-    pairs = params["tokens"] * params["heads"] * _width(rotary_dim)
-    return pairs <= _MAX_PER_THREAD * 32 * params["warps"]
+    """Whether a block of pairs stays in registers: at most 32 pairs a thread."""
+    block = _width(rotary_dim)
+    pairs = params["tokens"] * params["heads"] * block
+    # Cosines and sines change threads.
+    return pairs <= 32 * 32 * params["warps"] and 4 * params["tokens"] * block <= shared_memory
 
 
 @triton.jit

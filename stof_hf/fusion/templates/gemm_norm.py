@@ -63,10 +63,12 @@ def fits(params: dict[str, int], n: int, dtype: torch.dtype, *, shared_memory: i
     registers = block_m * block_n / threads + 2 * tile / 16 / threads
     # wgmma reads a tile where it was copied to, smaller products are loaded a step ahead.
     tiles = tile * (stages if block_m >= 64 else max(1, stages - 1))
+    # Results change threads before they are stored, 64 KB at a time.
+    results = min(64 << 10, 4 * block_m * block_n)
     return (
         n <= MAX_COLUMNS
         and registers <= 0.7 * min(255, (64 << 10) // threads)
-        and max(tiles, 4 * block_m * block_n // 2) <= shared_memory
+        and max(tiles, results) <= shared_memory
     )
 
 

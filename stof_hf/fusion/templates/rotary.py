@@ -45,11 +45,14 @@ def default(tokens: int, heads: int, rotary_dim: int, device: torch.device) -> d
 
 
 def fits(params: dict[str, int], rotary_dim: int, *, shared_memory: int) -> bool:
-    """Whether a block of pairs stays in registers: at most 32 pairs a thread."""
-    block = _width(rotary_dim)
+    """Whether a block of pairs stays in registers and every thread has a pair of its own.
+
+    Threads that shared one could read, in place, what the other has already written.
+    """
+    block, threads = _width(rotary_dim), 32 * params["warps"]
     pairs = params["tokens"] * params["heads"] * block
     # Cosines and sines change threads.
-    return pairs <= 32 * 32 * params["warps"] and 4 * params["tokens"] * block <= shared_memory
+    return threads <= pairs <= 32 * threads and 4 * params["tokens"] * block <= shared_memory
 
 
 @triton.jit

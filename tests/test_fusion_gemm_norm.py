@@ -7,7 +7,7 @@ import torch
 from compiling import misfits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_fusion_norm import DEVICE, DTYPES, oracle, rand
+from test_fusion_norm import DEVICE, DTYPES, fitting, oracle, rand
 
 from stof_hf.errors import UnsupportedError
 
@@ -59,14 +59,10 @@ def test_options(dtype, rms, bias, residual):
     st.booleans(), st.data(),
 )  # fmt: skip
 def test_random_shapes_and_parameters(m, n, k, dtype, conv1d, data):
-    choices = {name: st.sampled_from(values) for name, values in template.SPACE.items()}
-    fits = st.fixed_dictionaries(choices).filter(
-        lambda params: template.fits(params, n, dtype, shared_memory=227 << 10)
-    )
     x, w = operands(m, n, k, dtype)
     w = w.T.contiguous().T if conv1d else w
     compare(x, w, rand(n), rand(n, seed=2), rand(n, seed=3), rand(m, n, dtype=dtype, seed=4),
-            params=data.draw(fits))  # fmt: skip
+            params=data.draw(fitting(template, n, dtype)))  # fmt: skip
 
 
 @pytest.mark.parametrize("n", [1, 768, 1024])
@@ -95,7 +91,7 @@ def test_rows_that_lie_apart():
 @pytest.mark.parametrize("n", [1, 64, 512, 768, 1024])
 def test_the_default_fits(m, n, dtype, memory, monkeypatch):
     monkeypatch.setattr(template.select, "shared_memory", lambda device: memory)
-    params = template.default(m, n, 4 * n, dtype, DEVICE)
+    params = template.default(m, n, dtype, DEVICE)
     assert template.fits(params, n, dtype, shared_memory=memory)
     assert all(params[name] in values for name, values in template.SPACE.items())
 

@@ -1,5 +1,7 @@
 """Bias + residual + norm against an fp64 oracle."""
 
+from itertools import product
+
 import pytest
 import torch
 from compiling import misfits
@@ -21,6 +23,13 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 def rand(*shape, dtype=torch.float32, seed=0):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     return x.to(DEVICE, dtype)
+
+
+def fitting(template, *sizes):
+    """Any parameters that a search may draw."""
+    drawn = product(*template.SPACE.values())
+    space = [dict(zip(template.SPACE, values, strict=True)) for values in drawn]
+    return st.sampled_from([p for p in space if template.fits(p, *sizes, shared_memory=99 << 10)])
 
 
 def oracle(x, weight, shift, eps, rms, offset):
@@ -64,12 +73,10 @@ def test_options(dtype, rms, shift, bias, residual):
 
 @given(st.integers(1, 40), st.integers(1, 300), st.sampled_from(DTYPES), st.booleans(), st.data())
 def test_random_shapes_and_parameters(m, n, dtype, rms, data):
-    choices = {name: st.sampled_from(values) for name, values in template.SPACE.items()}
-    fits = st.fixed_dictionaries(choices).filter(
-        lambda params: template.fits(params, n, shared_memory=99 << 10)
-    )
-    compare(rand(m, n, dtype=dtype), rand(n), None if rms else rand(n, seed=1), rms=rms,
-            residual=rand(m, n, dtype=dtype, seed=2), params=data.draw(fits))  # fmt: skip
+    x, residual = rand(m, n, dtype=dtype), rand(m, n, dtype=dtype, seed=2)
+    shift = None if rms else rand(n, seed=1)
+    params = data.draw(fitting(template, n))
+    compare(x, rand(n), shift, residual=residual, rms=rms, params=params)
 
 
 @pytest.mark.parametrize("n", [1, 16383, 16384])

@@ -5,7 +5,7 @@ import torch
 from compiling import misfits
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fusion_norm import DEVICE, DTYPES, rand
+from test_fusion_norm import DEVICE, DTYPES, fitting, rand
 from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb
 
 from stof_hf.errors import UnsupportedError
@@ -41,13 +41,10 @@ def compare(q, k, cos, sin, params=None):
 )  # fmt: skip
 def test_random_shapes_and_parameters(batch, seq_len, heads, kv_heads, half, dtype, shared, data):
     width = 2 * data.draw(st.integers(1, half))
-    choices = {name: st.sampled_from(values) for name, values in template.SPACE.items()}
-    fits = st.fixed_dictionaries(choices).filter(
-        lambda params: template.fits(params, width, shared_memory=99 << 10)
-    )
     qkv, q, k, v = packed(batch, seq_len, heads, kv_heads, 2 * half, dtype)
     rest = [x.clone() for x in (q[..., width:], k[..., width:], v)]
-    compare(q, k, *angles(1 if shared else batch, seq_len, width, dtype), data.draw(fits))
+    params = data.draw(fitting(template, width))
+    compare(q, k, *angles(1 if shared else batch, seq_len, width, dtype), params)
     for now, before in zip((q[..., width:], k[..., width:], v), rest, strict=True):
         assert torch.equal(now, before)
 

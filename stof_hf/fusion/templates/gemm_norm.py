@@ -38,17 +38,19 @@ SPACE: dict[str, tuple[int, ...]] = {
 }
 
 
-def default(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Parameters of an untuned call on [m, k] times [n, k].
+def default(m: int, n: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Parameters of an untuned call with m rows of n outputs.
 
-    As many rows a program as keep every multiprocessor busy, then as much memory in flight as fits.
+    As many rows a program as keep every multiprocessor busy, then as many tiles in flight as fit.
     """
     memory, busy = select.shared_memory(device), select.multiprocessors(device)
-    block_ms = [b for b in (64, 32) if m >= b * busy] + [16]
-    for block_m, block_k, stages, warps in product(block_ms, (64, 32, 16), (3, 2, 1), (8, 4, 16)):
-        params = {"block_m": block_m, "block_k": block_k, "warps": warps, "stages": stages}
-        if fits(params, n, dtype, shared_memory=memory):
-            return params
+    for block_m in [b for b in (64, 32) if m >= b * busy] + [16]:
+        warps = (4, 8, 16) if block_m * width(n) <= 8192 else (8, 16, 4)
+        for choice in product((4, 3, 2, 1), (64, 32, 16), warps):
+            params = dict(zip(("stages", "block_k", "warps"), choice, strict=True))
+            params["block_m"] = block_m
+            if fits(params, n, dtype, shared_memory=memory):
+                return params
     raise UnsupportedError(
         f"rows of {n} outputs do not fit into one program: run the projection and `norm` apart"
     )
@@ -61,13 +63,15 @@ def fits(params: dict[str, int], n: int, dtype: torch.dtype, *, shared_memory: i
     tile = (block_m + block_n) * block_k * dtype.itemsize
     # A thread copies 16 bytes at a time, to and from 64-bit addresses.
     registers = block_m * block_n / threads + 2 * tile / 16 / threads
+    # fp32 operands are split into two parts, which stay in registers too.
+    share = 0.4 if dtype == torch.float32 else 0.7
     # wgmma reads a tile where it was copied to, smaller products are loaded a step ahead.
     tiles = tile * (stages if block_m >= 64 else max(1, stages - 1))
     # Results change threads before they are stored, 64 KB at a time.
     results = min(64 << 10, 4 * block_m * block_n)
     return (
         n <= MAX_COLUMNS
-        and registers <= 0.7 * min(255, (64 << 10) // threads)
+        and registers <= share * min(255, (64 << 10) // threads)
         and max(tiles, results) <= shared_memory
     )
 
@@ -156,7 +160,7 @@ def gemm_norm(
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if residual is not None:
         check_matrix("residual", residual, out)
-    params = params or default(m, n, k, x.dtype, x.device)
+    params = params or default(m, n, x.dtype, x.device)
     total = torch.empty_like(out) if return_sum else out
     if out.numel():
         with on_device_of(x):

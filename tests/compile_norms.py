@@ -1,0 +1,125 @@
+"""Compiles norm, gemm_norm or rotary for GPUs that need not be here: one JSON line a launch.
+
+Each line is [what was compiled, bytes of shared memory or the error, bytes that there are]. Run by
+the tests of these templates in a process of its own, because kernels that are to be interpreted, as
+the tests' own are on a CPU, cannot be compiled.
+"""
+
+import json
+import sys
+from itertools import product
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stof_hf.attention import select
+from stof_hf.fusion.templates import gemm_norm, norm, rotary
+
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+}  # fmt: skip
+#: Shared memory of a block by compute capability.
+MEMORY = {90: 227 << 10, 89: 99 << 10}
+HALF, FULL = torch.float16, torch.float32
+
+
+def zeros(*shape, dtype=HALF):
+    return torch.zeros(*shape, dtype=dtype)
+
+
+def compiled(kernel, capability, args, named):
+    """Bytes of shared memory that a launch with these arguments takes."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | named
+    signature, constants, attributes = {}, {}, {}
+    for parameter in kernel.params:
+        name, value = parameter.name, values.pop(parameter.name)
+        divisible = {(parameter.num,): [["tt.divisibility", 16]]}
+        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            attributes |= divisible
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            attributes |= divisible if value % 16 == 0 else {}
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=values).metadata.shared
+
+
+def norm_calls(memory):
+    for (m, n), dtype, rms, full in product(
+        ((3, 5), (128, 768), (32768, 4096), (7, 16384)), (HALF, FULL), (False, True), (False, True)
+    ):
+        x, v = zeros(m, n, dtype=dtype), zeros(n, dtype=FULL if full else dtype)
+        extra = {"bias": v, "residual": x, "return_sum": True} if full else {}
+        norm.norm(x, v, None if rms else v, eps=1e-5, rms=rms, **extra)
+        yield f"{m}x{n} {dtype} {rms=} {full=}"
+
+
+def gemm_norm_calls(memory):
+    for m, n, k, dtype in (
+        (128, 768, 3072, HALF), (32768, 1024, 4096, HALF), (70, 1000, 72, torch.bfloat16),
+        (32768, 512, 2048, torch.bfloat16), (300, 33, 7, HALF), (128, 768, 768, FULL),
+    ):  # fmt: skip
+        x, v, h = zeros(m, k, dtype=dtype), zeros(n), zeros(m, n, dtype=dtype)
+        for conv1d, rms in ((False, False), (True, True)):
+            w = zeros(k, n, dtype=dtype).T if conv1d else zeros(n, k, dtype=dtype)
+            gemm_norm.gemm_norm(
+                x, w, v, None if rms else v, v, h, eps=1e-5, rms=rms, return_sum=rms
+            )
+            yield f"{m}x{n}x{k} {dtype} {conv1d=} {rms=}"
+    # The most that `fits` allows: what it says of shared memory has to hold.
+    for n, dtype in ((1024, HALF), (512, HALF)):
+        x, w, v = zeros(64, 64, dtype=dtype), zeros(n, 64, dtype=dtype), zeros(n)
+        h = zeros(64, n, dtype=dtype)
+        for params in largest(gemm_norm, n, dtype, memory):
+            gemm_norm.gemm_norm(x, w, v, v, v, h, eps=1e-5, return_sum=True, params=params)
+            yield f"{n} {dtype} {params}"
+
+
+def largest(template, n, dtype, memory):
+    """Parameters of 8 warps that fit, but not with a size doubled or with one more stage."""
+    for values in product(*(template.SPACE | {"warps": (8,)}).values()):
+        params = dict(zip(template.SPACE, values, strict=True))
+        more = [params | {name: 2 * params[name]} for name in ("block_m", "block_k")]
+        more.append(params | {"stages": params["stages"] + 1})
+        if template.fits(params, n, dtype, shared_memory=memory) and not any(
+            template.fits(p, n, dtype, shared_memory=memory) for p in more
+        ):
+            yield params
+
+
+def rotary_calls(memory):
+    for tokens, heads, kv_heads, dim, width, dtype in (
+        (1, 32, 8, 128, 128, HALF), (128, 12, 12, 64, 64, torch.bfloat16),
+        (4096, 32, 8, 128, 128, HALF), (70, 5, 1, 80, 20, HALF), (2048, 8, 8, 256, 256, FULL),
+    ):  # fmt: skip
+        q, k = (zeros(2, tokens, h, dim, dtype=dtype) for h in (heads, kv_heads))
+        cos = zeros(1, tokens, width, dtype=dtype)
+        rotary.rotary(q, k, cos, cos)
+        yield f"{tokens} {heads}/{kv_heads} {dim}/{width} {dtype}"
+
+
+if __name__ == "__main__":
+    kernel, calls = {
+        "norm": (norm.norm_kernel, norm_calls),
+        "gemm_norm": (gemm_norm.gemm_norm_kernel, gemm_norm_calls),
+        "rotary": (rotary.rotary_kernel, rotary_calls),
+    }[sys.argv[1]]
+    select.multiprocessors = lambda device: 132
+    launches = []
+    kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))
+    for capability, memory in MEMORY.items():
+        select.shared_memory = lambda device, memory=memory: memory
+        for name in calls(memory):
+            args, named = launches.pop()
+            try:
+                taken = compiled(kernel, capability, args, named)
+            except Exception as error:
+                taken = repr(error)
+            print(json.dumps([f"sm_{capability} {name}", taken, memory]), flush=True)

@@ -25,8 +25,9 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (2, 3, 4, 5),
 }
-#: Accumulators that a thread can hold beside what addresses and the epilogue need.
-_ACCUMULATORS = 128
+#: Bytes that a thread's share of a tile may take in the operands' dtype: with more, it spills. The
+#: products of fp32 split their operands, for which registers are needed too.
+_THREAD_BYTES = 256
 #: Rows, columns and warps of the tiles that `default` chooses from.
 _TILES = (
     (16, 64, 4), (32, 32, 4), (32, 64, 4), (64, 64, 4), (128, 64, 4), (128, 128, 8), (128, 256, 8),
@@ -85,6 +86,8 @@ def two_products(x_ptrs, a_ptrs, b_ptrs, rows_in, columns_in, k, a_step, b_step,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                  EVEN_K: tl.constexpr):  # fmt: skip
     """Products of the same rows of x with two weight tiles: x is loaded once."""
+    # Else ptxas may serialise wgmma: see gemm_kernel.
+    tl.assume(k > 0)
     a_acc = tl.zeros([BM, BN], tl.float32)
     b_acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, k, BK):
@@ -109,8 +112,8 @@ def fits(params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory
     """Whether a block with this many columns of accumulators compiles and runs without spilling."""
     block_m, block_k = params["block_m"], params["block_k"]
     stage = (block_m + columns) * block_k * dtype.itemsize
-    accumulators = block_m * columns // (32 * params["warps"])
-    return params["stages"] * stage <= shared_memory and accumulators <= _ACCUMULATORS
+    share = block_m * columns * dtype.itemsize // (32 * params["warps"])
+    return params["stages"] * stage <= shared_memory and share <= _THREAD_BYTES
 
 
 @lru_cache(maxsize=4096)
@@ -133,7 +136,7 @@ def default(
         }  # fmt: skip
         if not fits(params, columns, dtype, memory):
             params["stages"] = 3
-        if not fits(params, columns, dtype, memory):
+        if params["block_n"] not in SPACE["block_n"] or not fits(params, columns, dtype, memory):
             continue
         tiles = triton.cdiv(m, block_m) * triton.cdiv(n, params["block_n"])
         waves = triton.cdiv(tiles, processors)
@@ -156,9 +159,9 @@ def check(
         weights: name -> (tensor or None, shape that it must have).
         activation: one of ACTIVATIONS.
     """
-    if x.ndim != 2:
+    if x.ndim != 2 or x.shape[1] == 0:
         raise UnsupportedError(
-            f"activations are [rows, features], not {list(x.shape)}: x.flatten(0, -2) makes rows"
+            f"activations are [rows, features >= 1], not {list(x.shape)}: x.flatten(0, -2) makes rows"
         )
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedError(

@@ -33,6 +33,8 @@ def gemm_kernel(
     x_ptrs = x_ptr + (rows * x_m)[:, None] + tl.arange(0, BK)[None, :]
     w_ptrs = weight_pointers(w_ptr, columns, w_n, w_k, BK)
     w_step = tl.full([], BK, tl.int64) * w_k
+    # Else ptxas 12.8 serialises wgmma: a loop of no steps would be a second source of acc.
+    tl.assume(k > 0)
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, k, BK):
         x_in = rows_in[:, None]

@@ -1,4 +1,4 @@
-"""Compiles the launches of a GEMM template for GPUs that need not be here: what each takes, as JSON.
+"""Compiles the launches of a GEMM template for GPUs that need not be here; prints JSON.
 
 Usage: python compile_fusion.py gemm|gated|qkv. Run in a process of its own, because kernels that
 are to be interpreted, as a test's own are on a CPU, cannot be compiled.
@@ -21,8 +21,8 @@ TYPES = {
 }  # fmt: skip
 #: Shared memory of a block by compute capability.
 MEMORY = {90: 227 << 10, 89: 99 << 10}
-#: Columns of the largest tile, without and with a second product.
-TILES = [(128, 256, 8), (256, 128, 8), (64, 256, 4), (16, 32, 4), (16, 256, 8), (256, 32, 4)]
+#: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
+TILES = [(256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4)]
 
 
 class Compiler:
@@ -53,13 +53,13 @@ class Compiler:
 
 
 def calls(family: str):
-    """(name, function of params that launches); the kernel's module, its name, its fits."""
+    """(name, tensors, options) of calls with default parameters."""
     for m, dtype, transposed in (
         (1, torch.float16, False),
         (128, torch.float32, False),
         (128, torch.bfloat16, True),
-        (32768, torch.float16, False),
         (77, torch.float16, False),
+        (32768, torch.float16, False),
     ):
         n, k = (1920, 1024) if m != 77 else (1960, 1001)
         x = torch.empty(m, k, dtype=dtype, device="meta")
@@ -83,6 +83,18 @@ def calls(family: str):
                 yield f"{name} {p is not None}", (x, w, bias), options
 
 
+def corners(family: str, fits, memory: int):
+    """Calls with the parameters of TILES as far as they fit."""
+    _, tensors, options = list(calls(family))[-1]
+    for tile in TILES:
+        params = dict(zip(("block_m", "block_n", "block_k", "warps"), tile, strict=True))
+        for stages in reversed(common.SPACE["stages"]):
+            params |= {"group_m": 8, "stages": stages}
+            if fits(params, torch.float16, shared_memory=memory):
+                yield f"{params}", tensors, options | {"params": params}
+                break
+
+
 def main(family: str) -> None:
     module, kernel = {
         "gemm": (gemm, "gemm_kernel"),
@@ -97,7 +109,8 @@ def main(family: str) -> None:
         common.default.cache_clear()
         compiler = Compiler(original, capability)
         setattr(module, kernel, compiler)
-        for name, tensors, options in calls(family):
+        every = itertools.chain(calls(family), corners(family, module.fits, memory))
+        for name, tensors, options in every:
             try:
                 function(*tensors, **options)
                 taken = compiler.result.metadata.shared

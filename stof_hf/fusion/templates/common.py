@@ -161,7 +161,8 @@ def check(
     """
     if x.ndim != 2 or x.shape[1] == 0:
         raise UnsupportedError(
-            f"activations are [rows, features >= 1], not {list(x.shape)}: x.flatten(0, -2) makes rows"
+            f"activations are [rows, features >= 1], not {list(x.shape)}: x.flatten(0, -2) makes "
+            "rows"
         )
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise UnsupportedError(

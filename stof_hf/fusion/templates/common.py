@@ -25,8 +25,8 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (2, 3, 4, 5),
 }
-#: Bytes that a thread's share of a tile may take in the operands' dtype: with more, it spills. The
-#: products of fp32 split their operands, for which registers are needed too.
+#: Bytes that a thread's share of a tile may take in the operands' dtype: with more, the loop spills.
+#: The products of fp32 split their operands, for which registers are needed too.
 _THREAD_BYTES = 256
 #: Rows, columns and warps of the tiles that `default` chooses from.
 _TILES = (
@@ -109,11 +109,16 @@ def two_products(x_ptrs, a_ptrs, b_ptrs, rows_in, columns_in, k, a_step, b_step,
 
 
 def fits(params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory: int) -> bool:
-    """Whether a block with this many columns of accumulators compiles and runs without spilling."""
+    """Whether a block with this many columns of accumulators compiles and fits.
+
+    An upper bound: without wgmma, Triton allocates one stage less.
+    """
     block_m, block_k = params["block_m"], params["block_k"]
     stage = (block_m + columns) * block_k * dtype.itemsize
-    share = block_m * columns * dtype.itemsize // (32 * params["warps"])
-    return params["stages"] * stage <= shared_memory and share <= _THREAD_BYTES
+    # The epilogue may pass the whole tile through shared memory.
+    tile = block_m * columns * dtype.itemsize
+    in_registers = tile // (32 * params["warps"]) <= _THREAD_BYTES
+    return in_registers and max(params["stages"] * stage, tile) <= shared_memory
 
 
 @lru_cache(maxsize=4096)

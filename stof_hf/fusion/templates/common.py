@@ -25,8 +25,8 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (2, 3, 4, 5),
 }
-#: Bytes that a thread's share of a tile may take in the operands' dtype: with more, the loop spills.
-#: The products of fp32 split their operands, for which registers are needed too.
+#: Bytes that a thread's share of a tile may take in the operands' dtype, so that the loop has
+#: registers left. Products of fp32 split their operands, which takes more of them.
 _THREAD_BYTES = 256
 #: Rows, columns and warps of the tiles that `default` chooses from.
 _TILES = (

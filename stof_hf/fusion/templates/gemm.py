@@ -1,0 +1,128 @@
+"""Linear layer with bias, activation and residual in the epilogue of one kernel.
+
+A block computes one tile of the result. It reads both operands by plain pointers: the strides of
+the weight decide which of its dimensions is loaded in vectors, so that nn.Linear's [N, K] and
+GPT-2's Conv1D [K, N] need no copy. Everything after the product is in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import common
+from .common import SPACE, activate, check_rows, dot, tile_of, weight_pointers
+
+__all__ = ["SPACE", "default", "fits", "gemm"]
+
+
+@triton.jit
+def gemm_kernel(
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, m, n, k, x_m, w_n, w_k, residual_m,
+    ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One [BM, BN] tile of act(x @ w^T + bias) + residual."""
+    tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
+    rows = tile_m * BM + tl.arange(0, BM)
+    columns = tile_n * BN + tl.arange(0, BN)
+    rows_in = rows < m
+    columns_in = columns < n
+    rows = rows.to(tl.int64)
+    x_ptrs = x_ptr + (rows * x_m)[:, None] + tl.arange(0, BK)[None, :]
+    w_ptrs = weight_pointers(w_ptr, columns, w_n, w_k, BK)
+    w_step = tl.full([], BK, tl.int64) * w_k
+    # Else ptxas 12.8 serialises wgmma: a loop of no steps would be a second source of acc.
+    tl.assume(k > 0)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for start in range(0, k, BK):
+        x_in = rows_in[:, None]
+        w_in = columns_in[None, :]
+        if not EVEN_K:
+            k_in = tl.arange(0, BK) < k - start
+            x_in = x_in & k_in[None, :]
+            w_in = w_in & k_in[:, None]
+        x = tl.load(x_ptrs, mask=x_in, other=0.0)
+        w = tl.load(w_ptrs, mask=w_in, other=0.0)
+        acc = dot(x, w, acc)
+        x_ptrs += BK
+        w_ptrs += w_step
+    if BIAS:
+        bias = tl.load(bias_ptr + columns, mask=columns_in, other=0.0)
+        acc += bias.to(tl.float32)[None, :]
+    acc = activate(acc, ACT)
+    inside = rows_in[:, None] & columns_in[None, :]
+    if RESIDUAL:
+        residual = residual_ptr + (rows * residual_m)[:, None] + columns[None, :]
+        acc += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
+    out = out_ptr + (rows * n)[:, None] + columns[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def default(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
+    """Parameters for a product [m, k] x [k, n] that nobody tuned."""
+    return common.default(m, n, dtype, device)
+
+
+def fits(params: dict[str, int], dtype: torch.dtype, *, shared_memory: int) -> bool:
+    """Whether the kernel compiles with these parameters and fits into this many bytes."""
+    return common.fits(params, params["block_n"], dtype, shared_memory)
+
+
+def gemm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    *,
+    activation: str = "none",
+    params: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once.
+
+    Args:
+        x: [M, K], fp16, bf16 or fp32, last stride 1.
+        w: [N, K], any strides; a Conv1D weight [K, N] is passed as `weight.t()`.
+        bias: [N] or None.
+        residual: [M, N] or None, last stride 1; added after the activation.
+        activation: "none", "relu", "gelu" (exact), "gelu_new" and "gelu_pytorch_tanh" (tanh),
+            "quick_gelu" or "silu".
+        params: one value of SPACE each; None takes `default`.
+
+    Returns:
+        [M, N], contiguous, x's dtype.
+
+    Raises:
+        UnsupportedError: shapes, dtypes or devices that do not fit each other, an unknown
+            activation, a last stride other than 1, or tensors that require grad.
+
+    Example:
+        >>> linear = torch.nn.Linear(64, 256, dtype=torch.float16, device="cuda") # doctest: +SKIP
+        >>> x = torch.randn(8, 64, dtype=torch.float16, device="cuda")            # doctest: +SKIP
+        >>> with torch.no_grad():                                                 # doctest: +SKIP
+        ...     y = gemm(x, linear.weight, linear.bias, activation="gelu")
+    """
+    m, k = x.shape if x.ndim == 2 else (0, 0)
+    n = w.shape[0]
+    common.check(
+        x, {"w": (w, (n, k)), "bias": (bias, (n,)), "residual": (residual, (m, n))}, activation
+    )
+    check_rows("x", x)
+    if residual is not None:
+        check_rows("residual", residual)
+    params = params or default(m, n, k, x.dtype, x.device)
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    blocks = triton.cdiv(m, params["block_m"]) * triton.cdiv(n, params["block_n"])
+    if blocks == 0:
+        return out
+    bias = None if bias is None else bias.contiguous()
+    with common.on_device_of(x):
+        gemm_kernel[(blocks,)](
+            x, w, bias, residual, out, m, n, k, x.stride(0), *w.stride(),
+            0 if residual is None else residual.stride(0), activation, bias is not None,
+            residual is not None, k % params["block_k"] == 0, params["block_m"], params["block_n"],
+            params["block_k"], params["group_m"],
+            num_warps=params["warps"], num_stages=params["stages"],
+        )  # fmt: skip
+    return out

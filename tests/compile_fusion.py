@@ -1,0 +1,123 @@
+"""Compiles the launches of a GEMM template for GPUs that need not be here; prints JSON.
+
+Usage: python compile_fusion.py gemm|gated|qkv. Run in a process of its own, because kernels that
+are to be interpreted, as a test's own are on a CPU, cannot be compiled.
+"""
+
+import itertools
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from stof_hf.fusion.templates import common, gated, gemm, qkv
+
+TYPES = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+#: Shared memory of a block by compute capability.
+MEMORY = {90: 227 << 10, 89: 99 << 10}
+#: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
+TILES = [(256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4)]
+
+
+class Compiler:
+    """Stands in for a kernel: a launch compiles it for a target and keeps what that gave."""
+
+    def __init__(self, kernel: triton.JITFunction, capability: int):
+        self.kernel, self.capability = kernel, capability
+        self.result = None
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **options):
+        signature, constants, attributes = {}, {}, {}
+        for parameter, value in zip(self.kernel.params, arguments, strict=True):
+            name, divisible = parameter.name, {(parameter.num,): [["tt.divisibility", 16]]}
+            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                attributes |= divisible
+            else:
+                signature[name] = "i32"
+                attributes |= divisible if value % 16 == 0 else {}
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        target = GPUTarget("cuda", self.capability, 32)
+        self.result = triton.compile(source, target=target, options=options)
+
+
+def calls(family: str):
+    """(name, tensors, options) of calls with default parameters."""
+    for m, dtype, transposed in (
+        (1, torch.float16, False),
+        (128, torch.float32, False),
+        (128, torch.bfloat16, True),
+        (77, torch.float16, False),
+        (32768, torch.float16, False),
+    ):
+        n, k = (1920, 1024) if m != 77 else (1960, 1001)
+        x = torch.empty(m, k, dtype=dtype, device="meta")
+        if transposed:
+            w, up = torch.empty(2, k, n, dtype=dtype, device="meta").mT
+        else:
+            w, up = torch.empty(2, n, k, dtype=dtype, device="meta")
+        bias, table = w[:, 0].contiguous(), torch.empty(m, n // 20, dtype=dtype, device="meta")
+        residual = torch.empty(m, n, dtype=dtype, device="meta")
+        positions = torch.empty(m, dtype=torch.int64, device="meta")
+        name = f"{m}x{n}x{k} {dtype}"
+        if family == "gemm":
+            for act in common.ACTIVATIONS if m == 1 else ("none", "gelu"):
+                options = {"bias": bias, "residual": residual, "activation": act}
+                yield f"{name} {act}", (x, w), options if act != "none" else {}
+        elif family == "gated":
+            yield name, (x, w, up), {}
+        else:
+            for p in (None, positions) if m in (1, 77) else (None,):
+                options = {"heads": 12, "kv_heads": 4, "cos": table, "sin": table, "positions": p}
+                yield f"{name} {p is not None}", (x, w, bias), options
+
+
+def corners(family: str, fits, memory: int):
+    """Calls with the parameters of TILES as far as they fit."""
+    _, tensors, options = list(calls(family))[-1]
+    for tile in TILES:
+        params = dict(zip(("block_m", "block_n", "block_k", "warps"), tile, strict=True))
+        for stages in reversed(common.SPACE["stages"]):
+            params |= {"group_m": 8, "stages": stages}
+            if fits(params, torch.float16, shared_memory=memory):
+                yield f"{params}", tensors, options | {"params": params}
+                break
+
+
+def main(family: str) -> None:
+    module, kernel = {
+        "gemm": (gemm, "gemm_kernel"),
+        "gated": (gated, "gated_kernel"),
+        "qkv": (qkv, "rotary_kernel"),
+    }[family]
+    function, original = getattr(module, family), getattr(module, kernel)
+    common.check = lambda *arguments: None
+    for capability, memory in MEMORY.items():
+        common.shared_memory = lambda device, memory=memory: memory
+        common.multiprocessors = lambda device: 132
+        common.default.cache_clear()
+        compiler = Compiler(original, capability)
+        setattr(module, kernel, compiler)
+        every = itertools.chain(calls(family), corners(family, module.fits, memory))
+        for name, tensors, options in every:
+            try:
+                function(*tensors, **options)
+                taken = compiler.result.metadata.shared
+            except Exception as error:
+                taken = repr(error)
+            print(json.dumps([f"sm_{capability} {name}", taken, memory]), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -274,6 +274,25 @@ def bench_masks(
     console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
 
 
+@bench_app.command("decode")
+def bench_decode(
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,16.")] = None,
+    cached: Annotated[str | None, typer.Option(help="Cached keys, such as 1024,32768.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time one decode step: PyTorch, FlashAttention-4 and ours, in bf16, 32/8 heads of size 128.
+
+    Ours also under the masks of a step: a causal view, and a window of 1024 keys.
+    """
+    from .bench import decode
+    from .bench.attention import default_device
+
+    sizes = _numbers(batch) or decode.BATCH, _numbers(cached) or decode.CACHED
+    data = decode.run(*sizes, device=default_device(device), json_path=json_path)
+    console.print(decode.table(data))
+
+
 @cache_app.command("list")
 def cache_list() -> None:
     """Show all tuned results, and which hold here."""

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from stof_hf import demo, info
@@ -107,6 +108,29 @@ def test_bench_masks_writes_json(tmp_path):
     assert all(x["stof"]["mask_ms"] > 0 and x["stof"]["plan_ms"] > 0 for x in cells)
     result = invoke("bench", "masks", "--patterns", "bird", "--device", "cpu")
     assert "no pattern is called 'bird'" in str(result.exception)
+
+
+def test_bench_decode_writes_json(tmp_path):
+    file = tmp_path / "decode.json"
+    options = ("--batch", "1,2", "--cached", "1100", "--device", "cpu")
+    result = invoke("bench", "decode", *options, "--json", file)
+    assert result.exit_code == 0, result.output
+    assert "stof window 1024" in result.output
+    cells = json.loads(file.read_text())["cells"]
+    assert [(x["batch"], x["cached"]) for x in cells] == [(1, 1100), (2, 1100)]
+    assert all(x["bytes"] == x["batch"] * 2 * 8 * 1100 * 128 * 2 for x in cells)
+    names = {"stof", "stof causal", "stof window 1024", "copy"}
+    assert all(set(x["results"]) == names for x in cells)
+    assert all(r["time_us"] > 0 for x in cells for r in x["results"].values())
+
+
+def test_a_decode_step_that_is_wrong_gets_no_time(monkeypatch):
+    from stof_hf.bench import decode
+
+    monkeypatch.setattr(decode, "attention", lambda q, k, v, view: torch.zeros_like(q))
+    (cell,) = decode.run([1], [300], device=torch.device("cpu"))["cells"]
+    assert "differs from the fp64 reference" in cell["results"]["stof"]["error"]
+    assert "time_us" not in cell["results"]["stof causal"]
 
 
 def test_demo(monkeypatch):

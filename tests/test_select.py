@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from stof_hf import SparseMask, patterns
-from stof_hf.attention import cuda, select
-from stof_hf.errors import UnsupportedError
+from stof_hf.attention import cuda, sdpa, select
+from stof_hf.errors import BuildError, UnsupportedError
+from stof_hf.kernels import jit
+from stof_hf.masks import native
 
 MASK = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 500)
 
@@ -108,3 +110,34 @@ def test_pieces_of_a_decode_step_are_of_what_its_row_sees(monkeypatch, pattern, 
     q, k = (torch.empty(1, n, 1, 128, dtype=torch.float16, device="meta").expand(1, n, s, 128)
             for n, s in ((32, 1), (8, 16384)))  # fmt: skip
     assert select.decode_splits(q, k, SparseMask.from_pattern(pattern, 16384)) == splits
+
+
+def test_cudnn_is_asked_even_where_no_kernel_builds(monkeypatch):
+    def none():
+        raise BuildError("no C++ compiler found")
+
+    q = torch.empty(1, 2, 500, 64, dtype=torch.float16, device="meta")
+    mask = SparseMask.from_pattern(patterns.Full(), 500)
+    monkeypatch.setattr(native, "library", none)
+    assert select.cudnn_is_ahead(q, q, mask, causal=False)
+    monkeypatch.setattr(select, "_failures", [BuildError("no nvcc found")])
+    monkeypatch.setattr(sdpa, "prepare", lambda *call: "cuDNN")
+    assert select._prepare(True, q, q, q, mask, None, None, 0.1, 0.0, False) == "cuDNN"
+
+
+def test_a_host_library_that_does_not_build_is_tried_once(monkeypatch):
+    tried = []
+
+    def none(*args):
+        tried.append(args)
+        raise BuildError("it does not compile")
+
+    monkeypatch.setattr(jit, "load_library", none)
+    native._library.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(BuildError, match="it does not compile"):
+                native.library()
+        assert len(tried) == 1
+    finally:
+        native._library.cache_clear()

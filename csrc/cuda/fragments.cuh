@@ -116,6 +116,27 @@ struct Softmax {
   }
 };
 
+// Leaves what one half of a block knows of rows `row` and `row` + 8 to the other, and takes it there.
+template <int N>
+__device__ __forceinline__ void leave(const Softmax& a, float (&part_ml)[2][N], int row) {
+  if (threadIdx.x % 4 != 0) return;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    part_ml[0][row + 8 * r] = a.m[r];
+    part_ml[1][row + 8 * r] = a.l[r];
+  }
+}
+template <int N>
+__device__ __forceinline__ Softmax take(const float (&part_ml)[2][N], int row) {
+  Softmax a;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    a.m[r] = part_ml[0][row + 8 * r];
+    a.l[r] = part_ml[1][row + 8 * r];
+  }
+  return a;
+}
+
 template <int N>
 __device__ __forceinline__ void scale_rows(float (&o)[N], const float (&factor)[2]) {
 #pragma unroll

@@ -398,21 +398,11 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       if (half == 1) {
 #pragma unroll
         for (int i = 0; i < D / 2; i += 4) part[i / 4 * 128] = make_float4(o[i], o[i + 1], o[i + 2], o[i + 3]);
-        if (lane % 4 == 0)
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            s.part_ml[0][own_row + 8 * r] = softmax.m[r];
-            s.part_ml[1][own_row + 8 * r] = softmax.l[r];
-          }
+        leave(softmax, s.part_ml, own_row);
       }
       named_barrier(1, kConsumers);
       if (half == 0) {
-        Softmax other;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          other.m[r] = s.part_ml[0][own_row + 8 * r];
-          other.l[r] = s.part_ml[1][own_row + 8 * r];
-        }
+        const Softmax other = take(s.part_ml, own_row);
         combine(softmax, o, other, reinterpret_cast<const float*>(part), 4 * 128, scale);
         named_barrier(2, 128);
       }

@@ -380,21 +380,11 @@ __global__ void __launch_bounds__(kConsumers, Config<D>::kBlocks)
 #pragma unroll
           for (int i = 0; i < kPart; i += 4)
             exchange[i / 4 * 128] = make_float4(some[i], some[i + 1], some[i + 2], some[i + 3]);
-          if (lane % 4 == 0)
-#pragma unroll
-            for (int r = 0; r < 2; ++r) {
-              s.part_ml[0][own_row + 8 * r] = softmax.m[r];
-              s.part_ml[1][own_row + 8 * r] = softmax.l[r];
-            }
+          leave(softmax, s.part_ml, own_row);
         }
         __syncthreads();
         if (half == 0) {
-          Softmax other;
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            other.m[r] = s.part_ml[0][own_row + 8 * r];
-            other.l[r] = s.part_ml[1][own_row + 8 * r];
-          }
+          const Softmax other = take(s.part_ml, own_row);
           softmax = own;
           combine(softmax, some, other, reinterpret_cast<const float*>(exchange), 4 * 128, scale);
         }

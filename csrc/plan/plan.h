@@ -29,6 +29,11 @@ struct PlanRequest {
   double item_cost, merge_cost;
 };
 
+// What a half spends on a step of 64 keys, by what it sees of them, in steps without a mask; and on an
+// item whose steps it shares with the other half.
+inline double step_cost(int32_t content) { return content == kFull ? 1.0 : content == kEmpty ? 0.1 : 1.25; }
+inline double divided_cost(double cost) { return cost / 2 + 0.5; }
+
 struct Run {
   int32_t col, len, content;
   int32_t end() const { return col + len; }

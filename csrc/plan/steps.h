@@ -137,7 +137,7 @@ class Steps {
       part.steps = list->steps;
       cost += std::max(list->cost[0], list->cost[1]);
     }
-    part.cost = (block.divided ? cost / 2 + 0.5 : cost) + p_.item_cost;
+    part.cost = (block.divided ? divided_cost(cost) : cost) + p_.item_cost;
     parts.push_back(part);
     ++block.parts;
   }
@@ -223,7 +223,7 @@ class Steps {
   // Gives the last step its content.
   void finish(List& list, const int32_t (&content)[2]) {
     for (int h = 0; h < 2; ++h) {
-      list.cost[h] += content[h] == kFull ? 1.0 : content[h] == kEmpty ? 0.1 : 1.25;
+      list.cost[h] += step_cost(content[h]);
       steps.back().content[h] = content[h];
     }
   }

@@ -39,11 +39,10 @@ inline void measure(const PlanRequest& p, Work* work) {
   Contents contents(p);
   const Rows rows(p, contents);
   const auto granules = [](int held) { return __builtin_popcount(held) / (double)kPerTile; };
-  // As Steps::finish has it.
+  // Of what a half sees of a tile that is loaded in so many steps.
   const auto cost = [&](int32_t content, double loaded) {
-    return content == kFull ? 1.0 : content == kEmpty ? 0.1 * loaded : 1.25 * granules(contents.held(content));
+    return step_cost(content) * (content == kEmpty ? loaded : granules(contents.held(content)));
   };
-  const auto divided = [](double cost) { return cost / 2 + 0.5; };
   struct Sum {
     double cost, loaded;
   };
@@ -52,23 +51,25 @@ inline void measure(const PlanRequest& p, Work* work) {
   for (int32_t end : rows.ends) {
     const int32_t ordinary = at + (int32_t)p.tile_rows;
     const auto alone = [&](const Rows::Tile& tile) {
-      Sum sum = tile.follows ? last : Sum{};
-      for (int32_t i = tile.first; i < tile.last && !tile.follows; ++i) {
-        const Run& run = rows.runs[i];
-        const double loaded = granules(contents.held(run.content));
-        sum.cost += run.len * cost(run.content, loaded);
-        sum.loaded += run.len * loaded;
+      if (!tile.follows) {
+        last = {};
+        for (int32_t i = tile.first; i < tile.last; ++i) {
+          const Run& run = rows.runs[i];
+          const double loaded = granules(contents.held(run.content));
+          last.cost += run.len * cost(run.content, loaded);
+          last.loaded += run.len * loaded;
+        }
       }
-      work[kHeads].add(sum.cost, sum.loaded);
-      work[kPaired].add(divided(sum.cost), sum.loaded);
-      return last = sum;
+      work[kHeads].add(last.cost, last.loaded);
+      work[kPaired].add(divided_cost(last.cost), last.loaded);
+      return last;
     };
     while (at < end) {
       const bool repeats = at + 1 < ordinary && rows.repeats(at, 2);
       const Rows::Tile& one = rows.tiles[at++];
       const Sum first = alone(one);
       if (at >= ordinary) {
-        work[kRows].add(divided(first.cost), first.loaded);
+        work[kRows].add(divided_cost(first.cost), first.loaded);
         continue;
       }
       const Rows::Tile& two = rows.tiles[at++];
@@ -78,8 +79,8 @@ inline void measure(const PlanRequest& p, Work* work) {
         continue;
       }
       if (!rows.alike(one, two)) {
-        work[kRows].add(divided(first.cost), first.loaded);
-        work[kRows].add(divided(second.cost), second.loaded);
+        work[kRows].add(divided_cost(first.cost), first.loaded);
+        work[kRows].add(divided_cost(second.cost), second.loaded);
         continue;
       }
       double each[2] = {}, loaded = 0;

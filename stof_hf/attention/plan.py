@@ -208,6 +208,17 @@ def run_share(mask: SparseMask) -> float:
     return mask.plans["run_share"]
 
 
+def longest_row(mask: SparseMask) -> int:
+    """The most key tiles that a row of tiles holds, or all of them where only the device knows."""
+    if "longest_row" not in mask.plans:
+        if "host_runs" not in mask.plans:
+            return -(-mask.kv_len // TILE)
+        ptr, _, length, _ = mask.host_runs()
+        before = np.concatenate([[0], np.cumsum(length)])
+        mask.plans["longest_row"] = int(np.diff(before[ptr]).max(initial=0))
+    return mask.plans["longest_row"]
+
+
 def tile_table(mask: SparseMask) -> torch.Tensor:
     """Content of every tile, for kernels that look tiles up: int32 [P, tile rows, tile columns]."""
     if "tile_table" not in mask.plans:

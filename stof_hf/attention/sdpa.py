@@ -14,8 +14,9 @@ _CAUSAL = Causal()
 
 
 def prepare(
-    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
     bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    with_lse: bool,
 ) -> CudnnCall | None:  # fmt: skip
     """See `calls.forward`; None where a mask has to be applied, or where our kernel is ahead."""
     causal = (

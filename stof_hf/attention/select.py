@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import BuildError, StofWarning, UnsupportedError
 from ..kernels.cuda_kernels import FAMILIES
-from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
 from .model import cudnn_us, launch_us
+from .plan import longest_row
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
@@ -52,11 +51,11 @@ def _prepare(
     """The call as CUDA or Triton kernels or PyTorch compute it; see `calls.forward`."""
     *options, on_device = rest
     if use_row_wise(q, q.shape[3], mask):
-        call = _prepare_decode(with_lse, q, k, v, mask, *options)
+        call = _prepare_decode(q, k, v, mask, *options, with_lse)
     elif on_device:
         call = None
     else:
-        call = _prepare_native(with_lse, q, k, v, mask, *options)
+        call = _prepare_native(q, k, v, mask, *options, with_lse)
     if call is not None:
         return call
     from . import triton
@@ -70,22 +69,16 @@ _CALLS = {
 }
 
 
-def _prepare_native(
-    with_lse: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    *options: Any,
-) -> Any:  # fmt: skip
+def _prepare_native(*call: Any) -> Any:
     from . import cuda, sdpa
 
-    def prepare(*call: Any) -> Any:
-        return sdpa.prepare(with_lse, *call) or cuda.prepare(*call, with_lse)
-
-    return _prepare_cuda(prepare, q, k, v, mask, *options)
+    return sdpa.prepare(*call) or _prepare_cuda(cuda.prepare, *call)
 
 
-def _prepare_decode(with_lse: bool, *call: Any) -> Any:
+def _prepare_decode(*call: Any) -> Any:
     from . import cuda_decode
 
-    return _prepare_cuda(cuda_decode.prepare, *call, with_lse)
+    return _prepare_cuda(cuda_decode.prepare, *call)
 
 
 def _prepare_cuda(prepare: calls.Prepare, *call: Any) -> Any:
@@ -223,7 +216,11 @@ def cudnn_is_ahead(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, causal: b
         return batch * heads * q_len * k.shape[2] * dim / 64 >= 2.4e9
     theirs = cudnn_us(batch * heads, q_len, k.shape[2], dim, multiprocessors(q.device))
     ours = ("triton", *_LAYOUTS) if dim in FAMILIES["hopper"].head_dims else ("triton",)
-    return theirs < min(_predicted(name, q, mask) for name in ours)
+    try:
+        return theirs < min(_predicted(name, q, mask) for name in ours)
+    except BuildError:
+        # Without the host library nothing is predicted, and the Triton kernels are all there is.
+        return True
 
 
 def _cuda_layout(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> str:
@@ -289,7 +286,7 @@ def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
     batch, heads, q_len, dim = q.shape
     group = 1 if len(mask.row_ptr) > 1 and mask.pattern_id.shape[1] > 1 else heads // k.shape[1]
     blocks = batch * (heads // group) * -(-q_len * group // 64)
-    tiles, tile_bytes = min(-(-k.shape[2] // 64), _longest_row(mask)), 64 * 2 * dim * k.itemsize
+    tiles, tile_bytes = min(-(-k.shape[2] // 64), longest_row(mask)), 64 * 2 * dim * k.itemsize
     workers = multiprocessors(q.device)
     in_clusters = 8 if _capability(q.device)[0] >= 9 else 1
 
@@ -301,17 +298,6 @@ def decode_splits(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> int:
         return waves * (2.5 + max(0.44 * share, reading)) + combining
 
     return min(range(1, max(2, min(tiles, 256) + 1)), key=us)
-
-
-def _longest_row(mask: SparseMask) -> int:
-    """The most key tiles that a row of tiles holds, or all of them where only the device knows."""
-    if "longest row" not in mask.plans:
-        if "host_runs" not in mask.plans:
-            return -(-mask.kv_len // TILE)
-        ptr, _, length, _ = mask.host_runs()
-        before = np.concatenate(([0], np.cumsum(length)))
-        mask.plans["longest row"] = int(np.diff(before[ptr]).max(initial=0))
-    return mask.plans["longest row"]
 
 
 @lru_cache

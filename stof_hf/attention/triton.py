@@ -105,8 +105,6 @@ def _strides(x: torch.Tensor, keep: int) -> tuple[int, ...]:
 class _Common:
     """What both kinds of calls share: sizes, optional tensors, outputs."""
 
-    #: Whether q, k or v have to be copied first, because a row's elements do not lie side by side.
-
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, with_lse: bool,

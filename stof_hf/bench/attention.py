@@ -231,21 +231,24 @@ def _measure_cell(
                 results[name] = _measure(contestant, problem, reference, captured)
             except Exception as error:
                 results[name] = {"status": "error", "error": _describe(error)}
+                captured.pop(name, None)
             if name == "stof":
                 results[name]["sources"] = source_hash()
             if device.type == "cuda":
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
+        name = None
         times = timing.replay_times_us([*captured.values()])
     except RuntimeError as error:
         reason = _describe(error)
-        results[name] = {"status": "error", "error": reason}
-        # The others' GPU time was still to come.
-        for other in captured.keys() - {name}:
+        # Their GPU time was still to come.
+        for other in captured:
             del results[other]
+        if name is not None:
+            results[name] = {"status": "error", "error": reason}
         raise StofError(
-            f"{name} on {cell} left the GPU unusable: {reason}. What was measured is saved; the "
-            "same command again goes on behind it."
+            f"{name or 'one of the contestants'} on {cell} left the GPU unusable: {reason}. What "
+            "was measured is saved; the same command again goes on behind it."
         ) from error
     for name, time_us in zip(captured, times, strict=True):
         results[name]["time_us"] = round(time_us, 3)
@@ -271,7 +274,7 @@ def _measure(
             result["host_us"] = round(timing.host_time_us(call), 2)
             captured[contestant.name] = timing.CapturedCall(call)
         else:
-            result["time_us"] = round(timing.call_time_us(call, device), 3)
+            result["time_us"] = round(timing.wall_time_us(call), 3)
     if contestant.build:
         build = contestant.build
         result["build_ms"] = round(timing.build_time_ms(lambda: build(problem), device), 3)

@@ -131,7 +131,8 @@ def _flex(p: Problem, mask: Any, *, options: dict[str, Any]) -> Iterator[Call]:
     )
 
 
-def _first(result: Any) -> torch.Tensor:
+def first_result(result: Any) -> torch.Tensor:
+    """The output of a function that may return its log-sum-exp beside it."""
     return result[0] if isinstance(result, tuple) else result
 
 
@@ -142,7 +143,7 @@ def _fa4(p: Problem, mask: None) -> Iterator[Call]:
     q, k, v = (t.transpose(1, 2).contiguous() for t in (p.q, p.k, p.v))
     if p.mask.lengths is None:
         window = p.mask.window or (None, None)
-        yield lambda: _first(
+        yield lambda: first_result(
             flash_attn_func(q, k, v, causal=p.mask.name == "causal", window_size=window)
         ).transpose(1, 2)
         return
@@ -152,7 +153,7 @@ def _fa4(p: Problem, mask: None) -> Iterator[Call]:
     packed = [t.flatten(0, 1) for t in (q, k, v)]
     yield (
         lambda: (
-            _first(
+            first_result(
                 flash_attn_varlen_func(
                     *packed,
                     cu_seqlens_q=cu_seqlens,

@@ -14,21 +14,11 @@ from typing import Any
 import torch
 
 __all__ = [
-    "CapturedCall", "build_time_ms", "call_time_us", "host_peak_mb", "host_time_us",
-    "peak_memory_mb", "replay_times_us",
+    "CapturedCall", "build_time_ms", "host_peak_mb", "host_time_us", "peak_memory_mb",
+    "replay_times_us", "wall_time_us",
 ]  # fmt: skip
 
 Call = Callable[[], Any]
-
-
-def call_time_us(call: Call, device: torch.device) -> float:
-    """Device time of one call in microseconds.
-
-    CUDA: see `replay_times_us`. CPU: median wall clock of at least 5 calls and 0.2 s.
-    """
-    if device.type == "cuda":
-        return replay_times_us([CapturedCall(call)])[0]
-    return _wall_time_us(call)
 
 
 class CapturedCall:
@@ -82,7 +72,8 @@ def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
     return [statistics.median(times[i]) * 1000 / one.calls for i, one in enumerate(captured)]
 
 
-def _wall_time_us(call: Call) -> float:
+def wall_time_us(call: Call) -> float:
+    """Time of one call on the CPU in microseconds: the median of at least 5 calls and 0.2 s."""
     call()
     times: list[float] = []
     while len(times) < 5 or sum(times) < 0.2:

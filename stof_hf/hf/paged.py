@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.op import attention
+from ..attention.op import attention_by_rows
 from ..errors import UnsupportedError
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import structure_of
@@ -69,8 +69,10 @@ def paged_attention(
     key, value = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
     allowed = _allowed(cu_seq_lens_q, cu_seq_lens_k, query.shape[2], key.shape[2], window)
     mask = SparseMask(query.shape[2], key.shape[2], *structure_of(allowed))
-    out = attention(query, key, value, mask, scale=scaling, softcap=softcap or 0.0, sinks=s_aux)
-    return out.transpose(1, 2), None
+    out = attention_by_rows(
+        query, key, value, mask, scaling, softcap=softcap or 0.0, bias=None, sinks=s_aux
+    )
+    return out, None
 
 
 def _allowed(

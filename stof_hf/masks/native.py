@@ -8,6 +8,7 @@ from functools import lru_cache
 
 import torch
 
+from ..errors import BuildError
 from .device import staging
 
 _FLAGS = (
@@ -17,12 +18,23 @@ _FLAGS = (
 )
 
 
-@lru_cache(1)
 def library() -> ctypes.CDLL:
-    """The library, built at first use. Raises BuildError where it does not build."""
+    """The library, built at first use. Raises BuildError where it does not build, tried once."""
+    made = _library()
+    if isinstance(made, str):
+        raise BuildError(made)
+    return made
+
+
+@lru_cache(1)
+def _library() -> ctypes.CDLL | str:
+    """The library, or why it does not build."""
     from ..kernels import jit
 
-    made = jit.load_library("stof_host", ["masks/mask.cpp", "plan/granules.cpp"], _FLAGS)
+    try:
+        made = jit.load_library("stof_host", ["masks/mask.cpp", "plan/granules.cpp"], _FLAGS)
+    except BuildError as error:
+        return str(error)
     for function in (made.stof_mask, made.stof_plan):
         function.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
         function.restype = ctypes.c_void_p

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import stof_hf
-from stof_hf.fusion.install import install, restore
-from stof_hf.fusion.layer import Layer
+from stof_hf.fusion import fused
+from stof_hf.fusion.install import find, install, restore
 from stof_hf.fusion.layer_ops import schemes
 
 SIZES = {
@@ -71,16 +71,31 @@ def first(model, inputs):
         return model(**inputs)[0]
 
 
-def test_outputs_and_state_are_what_they_were(model, inputs, monkeypatch):
-    ran, run = [], Layer.run
-    monkeypatch.setattr(Layer, "run", lambda self, *args: ran.append(self) or run(self, *args))
+@pytest.fixture
+def ran(monkeypatch):
+    """Layers that ran fused."""
+    found, run = [], fused.Fused.run
+
+    def counted(self, module, *args):
+        out = run(self, module, *args)
+        if out is not None:
+            found.append(module)
+        return out
+
+    monkeypatch.setattr(fused.Fused, "run", counted)
+    return found
+
+
+def test_outputs_and_state_are_what_they_were(model, inputs, ran):
     want, names = first(model, inputs), list(model.state_dict())
-    assert install(model) == 2 and install(model) == 0 and not ran
+    assert len(install(find(model))) == 2 and len(install(find(model))) == 2 and not ran
     torch.testing.assert_close(first(model, inputs), want)
     assert len(ran) == 2
     assert list(model.state_dict()) == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        ran.clear()
         torch.testing.assert_close(first(other, inputs), want)
+        assert len(ran) == 2
         assert restore(other) == 2
     assert restore(model) == 2 and restore(model) == 0
     assert torch.equal(first(model, inputs), want)
@@ -89,14 +104,14 @@ def test_outputs_and_state_are_what_they_were(model, inputs, monkeypatch):
 def test_hidden_states_are_recorded(model, inputs):
     with torch.no_grad():
         want = model(**inputs, output_hidden_states=True).hidden_states
-        install(model)
+        install(find(model))
         got = model(**inputs, output_hidden_states=True).hidden_states
     assert len(got) == len(want) == 3
     torch.testing.assert_close(got, want)
 
 
 def test_gradients_take_the_layers_own_code(model, inputs):
-    install(model)
+    install(find(model))
     model(**inputs)[0].sum().backward()
     assert all(
         p.grad is not None for n, p in model.named_parameters() if "query" in n or "q_proj" in n
@@ -108,12 +123,12 @@ def test_generation(model, inputs):
         pytest.skip("an encoder")
     options = {"max_new_tokens": 5, "do_sample": False}
     want = model.generate(**inputs, **options)
-    install(model)
+    install(find(model))
     assert torch.equal(model.generate(**inputs, **options), want)
 
 
 def test_weights_that_change_are_seen(model, inputs):
-    install(model)
+    install(find(model))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -123,7 +138,5 @@ def test_weights_that_change_are_seen(model, inputs):
 
 
 def test_every_layer_has_legal_schemes(model):
-    from stof_hf.fusion.install import patch_of
-
-    layers = [patch_of(m)(m) for m in model.modules() if patch_of(m)]
+    layers = [found.layer for found in find(model)]
     assert len(layers) == 2 and all(len(schemes(layer.names)) >= 32 for layer in layers)

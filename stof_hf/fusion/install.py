@@ -1,8 +1,8 @@
 """Layers of a model replaced in place, and put back.
 
 A replaced layer keeps its modules and parameters; only its class changes, to a subclass whose
-forward runs the layer's operators. So its state_dict, its copies and pickles, and what Transformers
-looks for by class stay what they were.
+forward runs the layer's operators, fused as somebody chose. So its state_dict, its copies and
+pickles, and what Transformers looks for by class stay what they were.
 """
 
 from __future__ import annotations
@@ -10,23 +10,31 @@ from __future__ import annotations
 import copyreg
 import importlib
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.output_capturing import _active_collector
 
+from .fused import Choice, Fused, dtype_of
+from .guard import layer_of, refusal
 from .layer import Context, Layer
+from .packing import unpack
+from .parts import kind
 
-__all__ = ["install", "patch_of", "restore"]
+__all__ = ["Found", "context_of", "find", "install", "patch_of", "restore"]
 
 #: Modules of stof_hf.patches.
 FAMILIES = ("bert", "gpt2", "llama", "modernbert", "vit")
 #: What a layer may be called with and still be computed by its operators, by the names that
 #: Transformers' layers use; anything else that is given runs the layer's own code.
-_MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"
-_IGNORED = ("position_ids", "use_cache", "cache_position")
+_KNOWN = {"attention_mask": "mask", "past_key_values": "cache"}
+_ROTARY = "position_embeddings"
+_IGNORED = frozenset(("position_ids", "use_cache", "cache_position", "output_attentions"))
 
 
 @cache
@@ -40,29 +48,97 @@ def _patches() -> dict[type[nn.Module], Callable[[nn.Module], Layer]]:
 
 def patch_of(module: nn.Module) -> Callable[[nn.Module], Layer] | None:
     """What makes a Layer of such a module, or None where no patch does."""
-    return _patches().get(type(module))
+    return _patches().get(original_class(module))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """A layer's class, replaced or not."""
+    return type(module).replaced if isinstance(module, _Replaced) else type(module)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A layer of a model that a patch knows.
+
+    Args:
+        name: in the model. kind: shared by layers that are computed alike.
+        reason: why it is left alone, or None; then `layer` says what it computes.
+    """
+
+    name: str
+    module: nn.Module
+    kind: str | None
+    layer: Layer | None
+    reason: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.layer)
+
+
+def find(model: nn.Module) -> list[Found]:
+    """Every layer of a model that a patch knows, replaced or not."""
+    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
+    tied = {place for place, count in holders.items() if count > 1}
+    return [_look_at(name, m, tied) for name, m in model.named_modules() if patch_of(m)]
+
+
+def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
+    layer = layer_of(module, patch_of(module))
+    reason = layer if isinstance(layer, str) else refusal(module, layer, tied)
+    if reason is None and "forward" in vars(module):
+        reason = "it has a forward of its own (offloaded weights, or a patch)"
+    if reason is not None:
+        return Found(name, module, None, None, reason)
+    return Found(name, module, kind(original_class(module), layer), layer, None)
+
+
+def context_of(kwargs: Mapping[str, Any]) -> Context | None:
+    """What a layer is called with besides its rows; None where its operators do not know it."""
+    context = Context()
+    for name, value in kwargs.items():
+        if value is None or name in _IGNORED:
+            continue
+        if name == _ROTARY:
+            context.position_embeddings = value
+        elif name in _KNOWN:
+            setattr(context, _KNOWN[name], value)
+        else:
+            return None
+    return context
 
 
 class _Replaced:
     """Stands in front of a layer's class."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        kwargs |= dict(zip(_positional(type(self)), args, strict=False))
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        known = {_MASK, _CACHE, _ROTARY, *_IGNORED}
-        cls = type(self).replaced
-        if self.training or torch.is_grad_enabled() or set(given) - known:
-            return cls.forward(self, hidden_states, **kwargs)
-        context = Context(given.get(_MASK), given.get(_CACHE), given.get(_ROTARY))
-        return patch_of_class(cls)(self).run(hidden_states, context)
+        cls = type(self)
+        if args:
+            kwargs |= zip(_positional(cls), args, strict=False)
+        fused = self.__dict__.get("_stof_fused")
+        if not (
+            fused is None or self.training or torch.is_grad_enabled()
+            or torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
+            or _records_more()
+        ):  # fmt: skip
+            context = context_of(kwargs)
+            if context is not None:
+                out = fused.run(self, _patches()[cls.replaced], hidden_states, context)
+                if out is not None:
+                    return out
+        return cls.replaced.forward(self, hidden_states, **kwargs)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Classes made at run time have no name to be found by.
         return _again, (type(self).replaced, self.__getstate__())
 
 
-def patch_of_class(cls: type[nn.Module]) -> Callable[[nn.Module], Layer]:
-    return _patches()[cls]
+def _records_more() -> bool:
+    """Whether Transformers records what modules inside of layers return, such as attentions."""
+    collected = _active_collector.get()
+    return collected is not None and any(
+        name != "hidden_states" and not name.startswith("_") for name in collected
+    )
 
 
 def _again(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
@@ -83,17 +159,56 @@ def _positional(cls: type[nn.Module]) -> tuple[str, ...]:
     return tuple(inspect.signature(cls.replaced.forward).parameters)[2:]
 
 
-def install(model: nn.Module) -> int:
-    """Replace every layer that a patch knows; returns how many."""
-    layers = [module for module in model.modules() if patch_of(module)]
-    for module in layers:
-        module.__class__ = _subclass(type(module))
-    return len(layers)
+def install(
+    layers: list[Found], choices: Mapping[str, Mapping[int, Choice]] | None = None
+) -> list[str]:
+    """Replace layers; returns the names of those that are replaced.
+
+    Args:
+        layers: as `find` gives them; those with a reason stay as they are.
+        choices: kind -> number of rows -> how it is computed then, added to what the layer has;
+            layers of other kinds stay as they are. None runs each operator by itself.
+    """
+    names = []
+    for found in layers:
+        if found.reason is not None or (choices is not None and not choices.get(found.kind)):
+            continue
+        module = found.module
+        if choices is None:
+            given: Mapping[int, Choice] = {1: Choice.unfused(found.layer)}
+        else:
+            given = choices[found.kind]
+        before = module.__dict__.get("_stof_fused")
+        kept = before.choices if before is not None and before.dtype == found.dtype else {}
+        module.__dict__["_stof_fused"] = Fused({**kept, **given}, found.dtype)
+        if not isinstance(module, _Replaced):
+            module.__class__ = _subclass(type(module))
+        names.append(found.name)
+    return names
+
+
+def replaced(model: nn.Module) -> Iterator[nn.Module]:
+    """Every replaced layer of a model."""
+    return (module for module in model.modules() if isinstance(module, _Replaced))
 
 
 def restore(model: nn.Module) -> int:
-    """Put every replaced layer back; returns how many. Again, it changes nothing."""
-    layers = [module for module in model.modules() if isinstance(module, _Replaced)]
+    """Put every layer that `tune` or `apply_tuned` replaced back as it was.
+
+    Weights that were packed get memory of their own again, so that outputs are bit for bit what
+    they were. Again, it changes nothing.
+
+    Returns:
+        How many layers were put back.
+    """
+    layers = list(replaced(model))
     for module in layers:
+        layer = layer_of(module, patch_of(module))
         module.__class__ = type(module).replaced
+        module.__dict__.pop("_stof_fused", None)
+        if isinstance(layer, str):
+            continue
+        for operator in layer.operators:
+            if operator.name == "gemm" and len(operator.modules) > 1:
+                unpack(p for m in operator.modules for p in m._parameters.values() if p is not None)
     return len(layers)

@@ -5,8 +5,9 @@ What fused templates compute is defined by this: the same operators on the same 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ class Context:
     mask: Any = None
     cache: Any = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    rest: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -114,27 +114,16 @@ class Layer:
 
 
 def packed_weight(modules: tuple[nn.Module, ...]) -> torch.Tensor:
-    """[N, K] of projections side by side: a view where they lie one behind the other in memory."""
+    """[N, K] of projections side by side."""
     # Conv1D keeps [K, N].
     weights = [m.weight if isinstance(m, nn.Linear) else m.weight.mT for m in modules]
-    return weights[0] if len(weights) == 1 else _adjacent(weights) or torch.cat(weights)
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def packed_bias(modules: tuple[nn.Module, ...]) -> torch.Tensor:
     """[N], likewise."""
     biases = [m.bias for m in modules]
-    return biases[0] if len(biases) == 1 else _adjacent(biases) or torch.cat(biases)
-
-
-def _adjacent(parts: list[torch.Tensor]) -> torch.Tensor | None:
-    """The tensors as one, without a copy, or None where they do not follow each other in memory."""
-    first, place = parts[0], parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != place or not part.is_contiguous():
-            return None
-        place += part.nbytes
-    size = (sum(len(part) for part in parts), *first.shape[1:])
-    return first.as_strided(size, first.stride(), first.storage_offset())
+    return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:
@@ -160,6 +149,7 @@ def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
     q, k, v = split(rows, to)
     if context.cache is not None:
         k, v = context.cache.update(k, v, to.module.layer_idx)
-    function = ALL_ATTENTION_FUNCTIONS[to.module.config._attn_implementation]
-    out, _ = function(to.module, q, k, v, context.mask, scaling=to.scaling, **context.rest)
+    eager = getattr(sys.modules[type(to.module).__module__], "eager_attention_forward", None)
+    function = ALL_ATTENTION_FUNCTIONS.get(to.module.config._attn_implementation, eager)
+    out, _ = function(to.module, q, k, v, context.mask, dropout=0.0, scaling=to.scaling)
     return out.reshape(*rows.shape[:2], -1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from ..errors import UnsupportedError
 
@@ -28,27 +28,26 @@ OPERATORS = {
     "residual": "adds the rows that came into the block",
 }
 
-_PRODUCT = ("gemm",), ("gemm", "bias")
-#: Segments, and the templates that compute them, "torch" and "cublas" being PyTorch's own kernels.
+#: Segments, and the templates that compute them (`runners.TEMPLATES`), best guesses first. "torch"
+#: is PyTorch's own kernels, cuBLAS with what its epilogue can do, which the others compete with.
 SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention",): ("attention",),
     **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual")},
     ("norm",): ("norm", "torch"),
     ("rotary",): ("rotary", "torch"),
-    ("residual", "norm"): ("norm",),
-    ("bias", "residual", "norm"): ("norm",),
+    ("residual", "norm"): ("norm", "torch"),
+    ("bias", "residual", "norm"): ("norm", "torch"),
+    # The template for two products at once adds no bias.
+    ("gemm", "gate"): ("gated", "torch"),
 }
-for _product in _PRODUCT:
+for _product in ("gemm",), ("gemm", "bias"):
     SEGMENTS |= {
-        _product: ("cublas", "gemm"),
-        (*_product, "act"): ("gemm",),
-        (*_product, "gate"): ("gated",),
-        (*_product, "rotary"): ("qkv",),
-        (*_product, "residual"): ("gemm",),
-        (*_product, "residual", "norm"): ("gemm_norm",),
+        _product: ("torch", "gemm"),
+        (*_product, "act"): ("gemm", "torch"),
+        (*_product, "rotary"): ("qkv", "torch"),
+        (*_product, "residual"): ("gemm", "torch"),
+        (*_product, "residual", "norm"): ("gemm_norm", "torch"),
     }
-# Adding the residual to a product without a bias is what cuBLAS does by itself.
-SEGMENTS["gemm", "residual"] = ("cublas", "gemm")
 
 
 @dataclass(frozen=True)
@@ -112,9 +111,13 @@ class Scheme:
         return tuple(accumulate(self.sizes))[:-1]
 
     @property
+    def bounds(self) -> tuple[tuple[int, int], ...]:
+        """Where each segment begins and ends."""
+        return tuple(pairwise((0, *self.borders, len(self.operators))))
+
+    @property
     def segments(self) -> tuple[tuple[str, ...], ...]:
-        ends = (0, *self.borders, len(self.operators))
-        return tuple(self.operators[a:b] for a, b in zip(ends, ends[1:], strict=False))
+        return tuple(self.operators[begin:end] for begin, end in self.bounds)
 
     @property
     def legal(self) -> bool:

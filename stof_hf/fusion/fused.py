@@ -1,0 +1,242 @@
+"""A layer computed by the segments that were chosen for it, resolved once for each shape."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..errors import StofWarning, UnsupportedError
+from .guard import Guard, layer_of, refusal
+from .layer import Context, Layer
+from .layer_ops import SEGMENTS, Scheme
+from .packing import pack
+from .parts import part_of
+from .runners import IMPLEMENTATIONS, TEMPLATES, Params, Step
+
+__all__ = ["Choice", "Fused", "Weights", "dtype_of", "steps_of"]
+
+#: Plans kept: sequences of ever new lengths must not keep them all.
+_MOST_PLANS = 256
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is computed.
+
+    Args:
+        scheme: bits of the partition of its operators.
+        segments: (template, parameters) of each segment; None as parameters takes the template's
+            defaults for the call.
+    """
+
+    scheme: str
+    segments: tuple[tuple[str, Params | None], ...]
+
+    @classmethod
+    def unfused(cls, layer: Layer) -> Choice:
+        """Each operator by itself, as PyTorch computes it."""
+        scheme = Scheme.unfused(layer.names)
+        return cls.of(scheme, {segment: ("torch", {}) for segment in set(scheme.segments)})
+
+    @classmethod
+    def of(
+        cls, scheme: Scheme, runs: Mapping[tuple[str, ...], tuple[str, Params | None]]
+    ) -> Choice:
+        """A scheme whose segments are computed alike where their operators are."""
+        runs = {**runs, ("attention",): ("attention", {})}
+        return cls(scheme.bits, tuple(runs[segment] for segment in scheme.segments))
+
+
+class Weights:
+    """Packed weights of a layer's projections, each made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[nn.Module, ...], tuple[torch.Tensor, torch.Tensor | None]] = {}
+
+    @classmethod
+    def of(cls, layer: Layer) -> Weights:
+        """Those of all products of a layer."""
+        made = cls()
+        for operator in layer.operators:
+            if operator.name == "gemm":
+                made(operator.modules)
+        return made
+
+    def __call__(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[N, K] and [N], or None where there is no bias."""
+        if modules not in self._made:
+            self._made[modules] = self._make(modules)
+        return self._made[modules]
+
+    def _make(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if len(modules) == 1:
+            one = modules[0]
+            # Conv1D keeps [K, N].
+            return one.weight if isinstance(one, nn.Linear) else one.weight.detach().mT, one.bias
+        bias = None if modules[0].bias is None else pack([m.bias for m in modules])
+        return pack([m.weight for m in modules]), bias
+
+
+def steps_of(
+    layer: Layer, choice: Choice, weights: Weights, shape: tuple[int, int], device: torch.device
+) -> list[Step]:
+    """The steps of a layer for rows of a shape [batch, tokens].
+
+    Raises:
+        UnsupportedError: a scheme, template or parameters that there are not, or that do not fit
+            this layer and device: what an older version found, say.
+    """
+    from ..attention.select import shared_memory
+
+    try:
+        scheme = Scheme.decode(layer.names, choice.scheme)
+    except ValueError as error:
+        raise UnsupportedError(f"{error}: tune again") from error
+    if len(scheme.segments) != len(choice.segments):
+        raise UnsupportedError(f"{scheme} has not {len(choice.segments)} segments: tune again")
+    steps = []
+    for segment, (name, params), bounds in zip(
+        scheme.segments, choice.segments, scheme.bounds, strict=True
+    ):
+        part = part_of(layer, *bounds, weights)
+        template = TEMPLATES.get(name)
+        if template is None or name not in SEGMENTS.get(segment, ()) or not template.takes(part):
+            raise UnsupportedError(f"{name!r} does not compute [{' '.join(segment)}]: tune again")
+        if template.module and not runs_on(device):
+            raise UnsupportedError(f"template {name!r} runs on CUDA GPUs, not on {device}")
+        if params is None:
+            params = template.start(part, math.prod(shape), device)
+        elif not template.allows(params, part, shared_memory(device)):
+            raise UnsupportedError(f"{name!r} does not run with {dict(params)}: tune again")
+        steps.append(template.build(part, params, shape))
+    return steps
+
+
+def dtype_of(layer: Layer) -> torch.dtype:
+    """Of the weights."""
+    return next(op.modules[0].weight.dtype for op in layer.operators if op.name == "gemm")
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether Triton templates run there."""
+    if device.type == "cuda":
+        return True
+    from .templates.common import INTERPRETED
+
+    return bool(INTERPRETED.value)
+
+
+class _Made(NamedTuple):
+    """A layer's modules as operators, and what holds as long as they are what they are."""
+
+    guard: Guard
+    layer: Layer
+    weights: Weights
+    config: Any
+
+
+class Fused:
+    """What a replaced layer keeps beside its modules: choices, and what is made of them.
+
+    Copies and pickles hold the choices alone; the rest is made again when a copy is first called.
+
+    Args:
+        choices: number of rows (batch size x tokens) -> choice; a call takes the nearest.
+        dtype: of the weights that they were measured with.
+    """
+
+    def __init__(self, choices: Mapping[int, Choice], dtype: torch.dtype):
+        self.choices, self.dtype = dict(choices), dtype
+        self._made: _Made | None = None
+        self._plans: dict[Any, list[Step]] = {}
+        self._refused: Any = None
+
+    def __reduce__(self) -> Any:
+        return Fused, (self.choices, self.dtype)
+
+    def nearest(self, rows: int) -> Choice:
+        near = min(self.choices, key=lambda tuned: abs(math.log2(tuned / rows)))
+        return self.choices[near]
+
+    def run(
+        self, module: nn.Module, make: Any, hidden: torch.Tensor, context: Context
+    ) -> torch.Tensor | None:
+        """The layer's result [B, S, N], or None where its own code has to run."""
+        made = self._made
+        if made is None or not made.guard.holds():
+            made = self._remake(module, make)
+        if made is None or made.config._attn_implementation not in IMPLEMENTATIONS:
+            return None
+        key = hidden.shape, hidden.dtype, hidden.device
+        steps = self._plans.get(key)
+        if steps is None:
+            steps = self._plan(module, made, hidden)
+            if steps is None:
+                return None
+            if len(self._plans) == _MOST_PLANS:
+                self._plans.clear()
+            self._plans[key] = steps
+        rows = residual = hidden.reshape(-1, hidden.shape[-1])
+        for step in steps:
+            rows, residual = step(rows, residual, context)
+        return rows.view(hidden.shape)
+
+    def _remake(self, module: nn.Module, make: Any) -> _Made | None:
+        # What was refused is looked at again only once it has changed.
+        if self._refused is not None and self._refused.holds():
+            return None
+        self._made = self._refused = None
+        self._plans.clear()
+        if _capturing():
+            return None
+        layer = layer_of(module, make)
+        reason = layer if isinstance(layer, str) else refusal(module, layer, set())
+        if reason is None and (dtype := dtype_of(layer)) != self.dtype:
+            reason = f"it is tuned for {self.dtype}, its weights are {dtype}: tune again"
+        if reason is None:
+            weights = Weights.of(layer)
+            attention = next(op.attention for op in layer.operators if op.name == "attention")
+            # What packing moved is where the guard expects it.
+            self._made = _Made(Guard(module), layer, weights, attention.module.config)
+            return self._made
+        with contextlib.suppress(RuntimeError):  # tensors that lie nowhere
+            self._refused = Guard(module)
+        warn(module, reason)
+        return None
+
+    def _plan(self, module: nn.Module, made: _Made, hidden: torch.Tensor) -> list[Step] | None:
+        if hidden.ndim != 3 or not hidden.numel() or _capturing():
+            return None
+        if hidden.dtype != self.dtype:
+            return None
+        choice = self.nearest(hidden.shape[0] * hidden.shape[1])
+        try:
+            return steps_of(
+                made.layer, choice, made.weights, tuple(hidden.shape[:2]), hidden.device
+            )
+        except UnsupportedError as error:
+            warn(module, str(error))
+            return None
+
+
+def _capturing() -> bool:
+    # Weights that are packed and kernels that are loaded now would become part of the graph.
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn(module: nn.Module, reason: str) -> None:
+    """Say once that layers of a class run their own code."""
+    name = type(module).__name__
+    if (name, reason) not in _warned:
+        _warned.add((name, reason))
+        warnings.warn(f"stof_hf: {name} runs its own code: {reason}", StofWarning, stacklevel=4)

@@ -1,0 +1,327 @@
+"""What computes a segment: Triton templates with parameters, PyTorch, and the attention function.
+
+A template makes of a part, parameters and a shape a step (rows, residual, context) -> (rows,
+residual) on rows [B * S, N], which launches and does nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .layer import Context, rotate, split
+from .parts import Part
+
+__all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
+
+Params = Mapping[str, int]
+Step = Callable[[torch.Tensor, torch.Tensor, Context], tuple[torch.Tensor, torch.Tensor]]
+#: (batch size, tokens) of a call.
+Shape = tuple[int, int]
+
+#: Attention implementations whose masks say all that a layer's window and causality do.
+IMPLEMENTATIONS = ("stof", "sdpa", "eager")
+
+
+@dataclass(frozen=True)
+class Template:
+    """A row of TEMPLATES.
+
+    Args:
+        build: (part, params, shape) -> step.
+        takes: whether it computes a part, beyond what `layer_ops.SEGMENTS` says.
+        module: of stof_hf.fusion.templates, for what has parameters.
+        default: (module, part, rows, device) -> parameters.
+        fits: (module, params, part, bytes of shared memory) -> whether it compiles and fits.
+    """
+
+    build: Callable[[Part, Params, Shape], Step]
+    takes: Callable[[Part], bool] = lambda part: True
+    module: str | None = None
+    default: Callable[[Any, Part, int, torch.device], Params] | None = None
+    fits: Callable[[Any, Params, Part, int], bool] | None = None
+
+    @property
+    def code(self) -> Any:
+        return importlib.import_module(f"stof_hf.fusion.templates.{self.module}")
+
+    @property
+    def space(self) -> Mapping[str, tuple[int, ...]]:
+        """Parameters that a search samples; empty where there are none."""
+        return self.code.SPACE if self.module else {}
+
+    def start(self, part: Part, rows: int, device: torch.device) -> Params:
+        """Parameters that nobody tuned."""
+        return self.default(self.code, part, rows, device) if self.module else {}
+
+    def allows(self, params: Params, part: Part, shared_memory: int) -> bool:
+        if not self.module:
+            return not params
+        known = params.keys() == self.space.keys()
+        return known and self.fits(self.code, params, part, shared_memory)
+
+
+def _gemm(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemm import gemm
+
+    weight, bias, activation = part.weight, part.bias, part.activation
+    if "residual" in part.names:
+        return lambda rows, residual, _: (
+            gemm(rows, weight, bias, residual, params=params), residual
+        )  # fmt: skip
+    return lambda rows, residual, _: (
+        gemm(rows, weight, bias, activation=activation, params=params), residual
+    )  # fmt: skip
+
+
+def _gated(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gated import gated
+
+    gate, up = part.weight.chunk(2)
+    activation = part.activation
+    return lambda rows, residual, _: (
+        gated(rows, gate, up, activation=activation, params=params), residual
+    )  # fmt: skip
+
+
+def _qkv(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.qkv import qkv
+
+    weight, bias, to = part.weight, part.bias, part.attention
+
+    def step(rows, residual, context):
+        cos, sin = (x.flatten(0, 1) for x in context.position_embeddings)
+        rows = qkv(
+            rows, weight, bias, heads=to.heads, kv_heads=to.kv_heads, cos=cos, sin=sin,
+            params=params,
+        )  # fmt: skip
+        return rows, residual
+
+    return step
+
+
+def _rotary(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.rotary import rotary
+
+    to = part.attention
+    heads = to.heads, to.kv_heads, to.kv_heads
+
+    def step(rows, residual, context):
+        q, k, _ = rows.view(*shape, sum(heads), to.head_dim).split(heads, 2)
+        rotary(q, k, *context.position_embeddings, params=params)
+        return rows, residual
+
+    return step
+
+
+def _norm(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.norm import norm
+
+    return _normed(part, norm, params)
+
+
+def _gemm_norm(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemm_norm import gemm_norm
+
+    weight = part.weight
+    return _normed(
+        part, lambda rows, *rest, **options: gemm_norm(rows, weight, *rest, **options), params
+    )
+
+
+def _normed(part: Part, function: Callable, params: Params) -> Step:
+    norm, bias, first = part.norm, part.bias, part.norm_first
+    options = {"eps": norm.eps, "rms": norm.rms, "params": params}
+    if "residual" not in part.names:
+
+        def step(rows, residual, _):
+            out = function(rows, norm.weight, norm.bias, bias, **options)
+            return out, rows if first else out
+    else:
+
+        def step(rows, residual, _):
+            out = function(
+                rows, norm.weight, norm.bias, bias, residual, return_sum=first, **options
+            )
+            return out if first else (out, out)
+
+    return step
+
+
+def _attention(part: Part, params: Params, shape: Shape) -> Step:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    to = part.attention
+    module, scaling, rows_of = to.module, to.scaling, (math.prod(shape), to.heads * to.head_dim)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+    def step(rows, residual, context):
+        q, k, v = split(rows.view(*shape, -1), to)
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, module.layer_idx)
+        function = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager)
+        out, _ = function(module, q, k, v, context.mask, dropout=0.0, scaling=scaling)
+        return out.reshape(rows_of), residual
+
+    return step
+
+
+def _torch(part: Part, params: Params, shape: Shape) -> Step:
+    steps, at = [], 0
+    while at < len(part.names):
+        for names, make in _PYTORCH.items():
+            if part.names[at : at + len(names)] == names and (step := make(part, shape)):
+                steps.append(step)
+                at += len(names)
+                break
+    if len(steps) == 1:
+        return steps[0]
+
+    def all_of(rows, residual, context):
+        for step in steps:
+            rows, residual = step(rows, residual, context)
+        return rows, residual
+
+    return all_of
+
+
+def _linear(part: Part, _: Shape) -> Step:
+    weight, bias = part.weight, part.bias
+    return lambda rows, residual, _: (F.linear(rows, weight, bias), residual)
+
+
+def _product(part: Part, _: Shape) -> Step:
+    weight = part.weight
+    return lambda rows, residual, _: (F.linear(rows, weight), residual)
+
+
+def _product_residual(part: Part, _: Shape) -> Step:
+    weight = part.weight.mT
+    return lambda rows, residual, _: (torch.addmm(residual, rows, weight), residual)
+
+
+def _linear_act(part: Part, _: Shape) -> Step | None:
+    # On CUDA this is cuBLASLt's epilogue, whose GELU is the one by tanh.
+    known = {"relu": False, "gelu_new": True, "gelu_pytorch_tanh": True}
+    if not part.weight.is_cuda or part.activation not in known:
+        return None
+    weight, bias, gelu = part.weight.mT, part.bias, known[part.activation]
+    return lambda rows, residual, _: (
+        torch._addmm_activation(bias, rows, weight, use_gelu=gelu), residual
+    )  # fmt: skip
+
+
+def _act(part: Part, _: Shape) -> Step:
+    function = part.function
+    return lambda rows, residual, _: (function(rows), residual)
+
+
+def _gate(part: Part, _: Shape) -> Step:
+    function = part.function
+
+    def step(rows, residual, _):
+        gate, up = rows.chunk(2, -1)
+        return function(gate) * up, residual
+
+    return step
+
+
+def _norm_torch(part: Part, _: Shape) -> Step:
+    module, first = part.norm_module, part.norm_first
+
+    def step(rows, residual, _):
+        out = module(rows)
+        return out, rows if first else out
+
+    return step
+
+
+def _bias(part: Part, _: Shape) -> Step:
+    bias = part.bias
+    return lambda rows, residual, _: (rows + bias, residual)
+
+
+def _residual(part: Part, _: Shape) -> Step:
+    return lambda rows, residual, _: (rows + residual, residual)
+
+
+def _rotary_torch(part: Part, shape: Shape) -> Step:
+    to = part.attention
+
+    def step(rows, residual, context):
+        return rotate(rows.view(*shape, -1), to, context).flatten(0, 1), residual
+
+    return step
+
+
+#: PyTorch's calls by the operators that they compute; those of several operators come first.
+_PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
+    ("gemm", "bias", "act"): _linear_act,
+    ("gemm", "bias"): _linear,
+    ("gemm", "residual"): _product_residual,
+    ("gemm",): _product,
+    ("bias",): _bias,
+    ("act",): _act,
+    ("gate",): _gate,
+    ("residual",): _residual,
+    ("norm",): _norm_torch,
+    ("rotary",): _rotary_torch,
+}
+
+
+def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    return code.default(rows, *part.weight.shape, part.weight.dtype, device)
+
+
+def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
+    return code.fits(params, part.weight.dtype, shared_memory=memory)
+
+
+TEMPLATES: dict[str, Template] = {
+    "torch": Template(_torch),
+    "attention": Template(_attention),
+    "gemm": Template(
+        _gemm, lambda part: part.activation is not None, "gemm", _gemm_default, _gemm_fits
+    ),
+    "gated": Template(
+        _gated, lambda part: part.activation is not None, "gated",
+        lambda code, part, rows, device: code.default(
+            rows, part.weight.shape[0] // 2, part.weight.shape[1], part.weight.dtype, device
+        ),
+        _gemm_fits,
+    ),
+    "qkv": Template(_qkv, module="qkv", default=_gemm_default, fits=_gemm_fits),
+    "rotary": Template(
+        _rotary, module="rotary",
+        default=lambda code, part, rows, device: code.default(
+            rows, part.attention.heads, part.attention.head_dim, device
+        ),
+        fits=lambda code, params, part, memory: code.fits(
+            params, part.attention.head_dim, shared_memory=memory
+        ),
+    ),
+    "norm": Template(
+        _norm, lambda part: part.norm is not None and len(part.norm.weight) <= 16384, "norm",
+        lambda code, part, rows, device: code.default(rows, len(part.norm.weight), device),
+        lambda code, params, part, memory: code.fits(
+            params, len(part.norm.weight), shared_memory=memory
+        ),
+    ),
+    "gemm_norm": Template(
+        _gemm_norm, lambda part: part.norm is not None and len(part.norm.weight) <= 1024,
+        "gemm_norm",
+        lambda code, part, rows, device: code.default(
+            rows, len(part.norm.weight), part.weight.dtype, device
+        ),
+        lambda code, params, part, memory: code.fits(
+            params, len(part.norm.weight), part.weight.dtype, shared_memory=memory
+        ),
+    ),
+}  # fmt: skip

@@ -5,70 +5,24 @@ import pickle
 
 import pytest
 import torch
-import transformers
+from layers import MODELS, build, first, inputs_of
 
 import stof_hf
 from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install, restore
 from stof_hf.fusion.layer_ops import schemes
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}  # fmt: skip
-GQA = SIZES | {"num_key_value_heads": 2}
-MODELS = {
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
-        )
-    ),
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA)),
-    "llama with biases": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True)
-    ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GQA)),
-    "modernbert": lambda: transformers.ModernBertModel(
-        transformers.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=16)
-    ),
-    "vit": lambda: transformers.ViTModel(
-        transformers.ViTConfig(
-            **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=28, patch_size=4
-        )
-    ),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GQA)),
-}
-
 
 @pytest.fixture(params=MODELS)
 def model(request):
-    torch.manual_seed(0)
-    made = MODELS[request.param]().eval()
-    made.set_attn_implementation("stof")
+    made = build(request.param)
     stof_hf.set_pattern(made, stof_hf.patterns.SlidingWindow(20, 20))
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
     return made
 
 
 @pytest.fixture
 def inputs(model):
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(2, 3, 28, 28)}
-    ids = torch.randint(3, 97, (2, 50), generator=torch.Generator().manual_seed(1))
-    return {
-        "input_ids": ids,
-        "attention_mask": (torch.arange(50) >= torch.tensor([[0], [7]])).long(),
-    }
-
-
-def first(model, inputs):
-    with torch.no_grad():
-        return model(**inputs)[0]
+    return inputs_of(model)
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""Tiny models of the families that stof_hf.patches knows, whose layers tests replace."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}  # fmt: skip
+GQA = SIZES | {"num_key_value_heads": 2}
+MODELS = {
+    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
+    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES)),
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA)),
+    "llama with biases": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True)
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GQA)),
+    "modernbert": lambda: transformers.ModernBertModel(
+        transformers.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=16)
+    ),
+    "vit": lambda: transformers.ViTModel(
+        transformers.ViTConfig(
+            **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=28, patch_size=4
+        )
+    ),
+    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GQA)),
+}
+
+
+def build(name: str, implementation: str = "stof") -> Any:
+    """A model of random weights, its biases included, in evaluation mode."""
+    torch.manual_seed(0)
+    made = MODELS[name]().eval()
+    made.set_attn_implementation(implementation)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return made
+
+
+def inputs_of(model: Any, length: int = 50) -> dict[str, torch.Tensor]:
+    """A batch of two, the second padded on the left."""
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": torch.randn(2, 3, 28, 28)}
+    ids = torch.randint(3, 97, (2, length), generator=torch.Generator().manual_seed(1))
+    return {
+        "input_ids": ids,
+        "attention_mask": (torch.arange(length) >= torch.tensor([[0], [7]])).long(),
+    }
+
+
+def first(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The model's first output."""
+    with torch.no_grad():
+        return model(**inputs)[0]

@@ -1,0 +1,358 @@
+"""Replaced layers beside what users do with models: adapters, hooks, dtypes, saving, recording."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from layers import build, first, inputs_of
+from safetensors.torch import save_file
+from torch import nn
+
+from stof_hf.errors import StofWarning, UnsupportedError
+from stof_hf.fusion import fused
+from stof_hf.fusion.fused import Choice
+from stof_hf.fusion.install import find, install, restore
+from stof_hf.fusion.layer_ops import SEGMENTS, Scheme, schemes
+from stof_hf.fusion.runners import TEMPLATES
+
+
+@pytest.fixture(params=["bert", "llama"])
+def model(request):
+    return build(request.param)
+
+
+@pytest.fixture
+def inputs(model):
+    return inputs_of(model)
+
+
+@pytest.fixture(autouse=True)
+def fresh_warnings(monkeypatch):
+    monkeypatch.setattr(fused, "_warned", set())
+
+
+def projections(model):
+    """Parents, names and modules of the projections that are packed."""
+    return [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name in ("query", "key", "value", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    ]
+
+
+def runs_fused(model, inputs, want=None, **tolerance):
+    """Run; whether all layers ran fused, none of them, or the number of those that did."""
+    count, run = 0, fused.Fused.run
+
+    def counted(*args):
+        nonlocal count
+        out = run(*args)
+        count += out is not None
+        return out
+
+    fused.Fused.run = counted
+    try:
+        out = first(model, inputs)
+    finally:
+        fused.Fused.run = run
+    if want is not None:
+        torch.testing.assert_close(out, want, **tolerance)
+    return count == 2 if count in (0, 2) else count
+
+
+class Lora(nn.Module):
+    """What PEFT puts in the place of a Linear."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.a = nn.Linear(base.in_features, 4, bias=False)
+        self.b = nn.Linear(4, base.out_features, bias=False)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    weight = property(lambda self: self.base_layer.weight)
+    bias = property(lambda self: self.base_layer.bias)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.b(self.a(x))
+
+    def merge(self):
+        with torch.no_grad():
+            self.base_layer.weight += self.b.weight @ self.a.weight
+        return self.base_layer
+
+
+class InheritedLora(nn.Linear):
+    """The same as a subclass."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        self.down, self.up = nn.Linear(base.in_features, 4), nn.Linear(4, base.out_features)
+
+    def forward(self, x):
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("adapter", [Lora, InheritedLora])
+def test_an_adapter_runs_the_layers_own_code_with_one_warning(model, inputs, adapter):
+    install(find(model))
+    assert runs_fused(model, inputs) is True
+    parent, name, linear = projections(model)[0]
+    setattr(parent, name, adapter(linear).eval())
+    plain = copy.deepcopy(model)
+    restore(plain)
+    want = first(plain, inputs)
+    with pytest.warns(StofWarning, match="not nn.Linear") as caught:
+        assert runs_fused(model, inputs, want) == 1
+        assert runs_fused(model, inputs, want) == 1
+    assert len(caught) == 1
+    setattr(parent, name, linear)
+    assert runs_fused(model, inputs) is True
+
+
+def test_a_merged_adapter_counts(model, inputs):
+    install(find(model))
+    before = first(model, inputs)
+    parent, name, linear = projections(model)[1]
+    setattr(parent, name, Lora(linear).eval())
+    with pytest.warns(StofWarning):
+        want = first(model, inputs)
+    setattr(parent, name, getattr(parent, name).merge())
+    assert runs_fused(model, inputs, want) is True
+    assert not torch.allclose(first(model, inputs), before)
+
+
+def test_layers_with_adapters_are_left_alone(model):
+    parent, name, linear = projections(model)[0]
+    setattr(parent, name, InheritedLora(linear))
+    found = find(model)
+    assert [layer.reason is None for layer in found] == [False, True]
+    assert "is a InheritedLora, not nn.Linear" in found[0].reason
+    assert install(found) == [found[1].name]
+
+
+def test_half(model, inputs):
+    install(find(model))
+    first(model, inputs)
+    model.bfloat16()
+    plain = copy.deepcopy(model)
+    restore(plain)
+    with pytest.warns(StofWarning, match="tuned for torch.float32, its weights are torch.bfloat16"):
+        assert runs_fused(model, inputs, first(plain, inputs)) is False
+    install(find(model))
+    assert runs_fused(model, inputs, first(plain, inputs), rtol=5e-2, atol=5e-2) is True
+    model.float()
+    with pytest.warns(StofWarning, match="tuned for torch.bfloat16"):
+        assert runs_fused(model, inputs) is False
+
+
+def test_weights_that_move_are_packed_again(model, inputs):
+    want = first(model, inputs)
+    install(find(model))
+    first(model, inputs)
+    # What .to() to another device and back does.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert runs_fused(model, inputs, want) is True
+    model.to("cpu", torch.float32)
+    assert runs_fused(model, inputs, want) is True
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_load_state_dict(model, inputs, assign):
+    other = build(model.config.model_type)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.2)
+    install(find(model))
+    first(model, inputs)
+    model.load_state_dict(other.state_dict(), assign=assign)
+    assert runs_fused(model, inputs, first(other, inputs)) is True
+
+
+def test_packed_weights_are_the_only_copy_and_can_be_saved(model, inputs, tmp_path):
+    want, keys = first(model, inputs), list(model.state_dict())
+    install(find(model))
+    first(model, inputs)
+    places = [child.weight.data_ptr() for _, _, child in projections(model)]
+    sizes = [child.weight.nbytes for _, _, child in projections(model)]
+    assert places[1] == places[0] + sizes[0]
+    assert list(model.state_dict()) == keys
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in model.parameters())
+    save_file(
+        {k: v for k, v in model.state_dict().items() if "lm_head" not in k}, tmp_path / "a.st"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation="stof").eval()
+    assert not any("_stof" in name for name in loaded.state_dict())
+    assert torch.equal(first(loaded, inputs), want)
+    torch.save(model, tmp_path / "whole.pt")
+    whole = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert runs_fused(whole, inputs, want) is True
+    restore(model)
+    assert projections(model)[1][2].weight.data_ptr() != places[1]
+    assert torch.equal(first(model, inputs), want)
+
+
+def test_copies_do_not_share_weights(model, inputs):
+    install(find(model))
+    first(model, inputs)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.2)
+    assert runs_fused(other, inputs) is True
+    assert not torch.allclose(first(other, inputs), first(model, inputs))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_other_attention_functions(model, inputs, implementation):
+    model.set_attn_implementation(implementation)
+    want = first(model, inputs)
+    install(find(model))
+    assert runs_fused(model, inputs, want) is True
+
+
+def test_attentions_are_recorded_by_the_layers_own_code(model, inputs):
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(**inputs, output_attentions=True, output_hidden_states=True)
+        install(find(model))
+        got = model(**inputs, output_attentions=True, output_hidden_states=True)
+    assert len(got.attentions) == 2 and torch.equal(got.attentions[1], want.attentions[1])
+    assert len(got.hidden_states) == 3
+    # The hooks that record stay where they are, and do no harm.
+    assert runs_fused(model, inputs, want[0]) is True
+    fresh = build(model.config.model_type, "eager")
+    install(find(fresh))
+    with torch.no_grad():
+        got = fresh(**inputs, output_attentions=True)
+    assert len(got.attentions) == 2 and runs_fused(fresh, inputs) is True
+
+
+def test_training_mode_and_gradients(model, inputs):
+    model.set_attn_implementation("sdpa")
+    install(find(model))
+    model.train()
+    assert runs_fused(model, inputs) is False
+    model.eval()
+    assert runs_fused(model, inputs) is True
+    model(**inputs)[0].sum().backward()
+    assert all(child.weight.grad is not None for _, _, child in projections(model))
+
+
+def test_dropout_that_samples_in_evaluation():
+    model = build("bert")
+    inputs = inputs_of(model)
+    install(find(model))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.train()
+    with pytest.warns(StofWarning, match="dropout"):
+        assert runs_fused(model, inputs) is False
+
+
+def test_forward_hooks(model, inputs):
+    install(find(model))
+    first(model, inputs)
+    seen = []
+    _, name, linear = projections(model)[0]
+    handle = linear.register_forward_hook(lambda *args: seen.append(name))
+    with pytest.warns(StofWarning, match="has forward hooks"):
+        assert runs_fused(model, inputs) == 1
+    assert seen == [name] and "has forward hooks" in find(model)[0].reason
+    handle.remove()
+    assert runs_fused(model, inputs) is True
+
+
+def test_hooks_on_layers_run(model, inputs):
+    install(find(model))
+    seen = []
+    for found in find(model):
+        found.module.register_forward_hook(lambda *args: seen.append(1))
+    assert runs_fused(model, inputs) is True and len(seen) == 2
+
+
+def test_tied_projections_are_left_alone(model):
+    linears = [child for _, _, child in projections(model)]
+    linears[0].weight = linears[-1].weight
+    assert all("tied" in found.reason for found in find(model))
+
+
+def test_autocast_runs_the_layers_own_code(model, inputs):
+    install(find(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert runs_fused(model, inputs) is False
+
+
+def test_inference_mode(model, inputs):
+    want = first(model, inputs)
+    install(find(model))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**inputs)[0], want)
+    model(**inputs)[0].sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert runs_fused(model, inputs, want) is True
+
+
+def test_unknown_arguments_run_the_layers_own_code(model, inputs):
+    install(find(model))
+    layer = find(model)[0].module
+    layer.__dict__["_stof_fused"].run = None  # nothing may call it
+    hidden = torch.randn(2, 9, 64)
+    extra = {}
+    if model.config.model_type == "llama":
+        extra["position_embeddings"] = model.model.rotary_emb(hidden, torch.arange(9)[None])
+    with torch.no_grad():
+        layer(hidden, unheard_of=1, **extra)
+
+
+def test_a_choice_that_does_not_fit_is_an_error(model):
+    found = find(model)[0]
+    names = found.layer.names
+    scheme = Scheme.unfused(names)
+    weights, device = fused.Weights.of(found.layer), torch.device("cpu")
+    good = Choice.unfused(found.layer)
+    assert len(fused.steps_of(found.layer, good, weights, (1, 8), device)) == len(names)
+    for bits, segments in {
+        "01": good.segments,
+        scheme.bits: good.segments[1:],
+        "0" * len(names): (("torch", {}),),
+        schemes(names)[0].bits: (("nonsense", {}),) * len(schemes(names)[0].segments),
+    }.items():
+        with pytest.raises(UnsupportedError, match="tune again"):
+            fused.steps_of(found.layer, Choice(bits, segments), weights, (1, 8), device)
+
+
+def test_every_segment_names_templates():
+    assert {name for names in SEGMENTS.values() for name in names} == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2"])
+@pytest.mark.parametrize("which", ["longest", "cut at norms"])
+def test_templates_compute_what_the_layers_do(name, which):
+    """Through Triton's interpreter, with default parameters."""
+    model = build(name)
+    inputs = inputs_of(model, 20)
+    want = first(model, inputs)
+    found = find(model)
+    choices = {}
+    for one in found:
+        possible = schemes(one.layer.names)
+        if which == "cut at norms":
+            possible = [s for s in possible if ("norm",) in s.segments or ("residual", "norm")
+                        in s.segments or ("bias", "residual", "norm") in s.segments]  # fmt: skip
+        best = min(possible, key=lambda s: len(s.sizes))
+        runs = {
+            segment: (SEGMENTS[segment][0] if SEGMENTS[segment] != ("torch", "gemm") else "gemm")
+            for segment in best.segments
+        }
+        runs = {segment: (name, None if name != "torch" else {}) for segment, name in runs.items()}
+        choices[one.kind] = {40: Choice.of(best, runs)}
+    assert len(install(found, choices)) == 2
+    assert runs_fused(model, inputs, want, rtol=2e-4, atol=2e-4) is True

@@ -27,9 +27,12 @@ __all__ = [
     "StofWarning",
     "UnsupportedError",
     "__version__",
+    "apply_tuned",
     "attention",
     "patterns",
+    "restore",
     "set_pattern",
+    "tune",
 ]
 
 _LAZY = {
@@ -37,6 +40,9 @@ _LAZY = {
     "SparseMask": ("stof_hf.masks.sparse_mask", "SparseMask"),
     "patterns": ("stof_hf.masks.patterns", None),
     "set_pattern": ("stof_hf.hf.patching", "set_pattern"),
+    "tune": ("stof_hf.tuning.tune", "tune"),
+    "apply_tuned": ("stof_hf.tuning.tune", "apply_tuned"),
+    "restore": ("stof_hf.fusion.install", "restore"),
 }
 
 # The public name is the function: __getattr__ finds it once the package no longer hides it.

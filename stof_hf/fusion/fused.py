@@ -24,6 +24,7 @@ __all__ = ["Choice", "Fused", "Weights", "dtype_of", "steps_of"]
 
 #: Plans kept: sequences of ever new lengths must not keep them all.
 _MOST_PLANS = 256
+_UNKNOWN: Any = object()
 
 
 @dataclass(frozen=True)
@@ -148,20 +149,21 @@ class Fused:
     Copies and pickles hold the choices alone; the rest is made again when a copy is first called.
 
     Args:
-        choices: number of rows (batch size x tokens) -> choice; a call takes the nearest.
+        choices: number of rows (batch size x tokens) -> choice, None where the layer's own code is
+            faster; a call takes the nearest.
         dtype: of the weights that they were measured with.
     """
 
-    def __init__(self, choices: Mapping[int, Choice], dtype: torch.dtype):
+    def __init__(self, choices: Mapping[int, Choice | None], dtype: torch.dtype):
         self.choices, self.dtype = dict(choices), dtype
         self._made: _Made | None = None
-        self._plans: dict[Any, list[Step]] = {}
+        self._plans: dict[Any, list[Step] | None] = {}
         self._refused: Any = None
 
     def __reduce__(self) -> Any:
         return Fused, (self.choices, self.dtype)
 
-    def nearest(self, rows: int) -> Choice:
+    def nearest(self, rows: int) -> Choice | None:
         near = min(self.choices, key=lambda tuned: abs(math.log2(tuned / rows)))
         return self.choices[near]
 
@@ -175,14 +177,15 @@ class Fused:
         if made is None or made.config._attn_implementation not in IMPLEMENTATIONS:
             return None
         key = hidden.shape, hidden.dtype, hidden.device
-        steps = self._plans.get(key)
-        if steps is None:
-            steps = self._plan(module, made, hidden)
-            if steps is None:
+        steps = self._plans.get(key, _UNKNOWN)
+        if steps is _UNKNOWN:
+            if _capturing():
                 return None
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
-            self._plans[key] = steps
+            steps = self._plans[key] = self._plan(module, made, hidden)
+        if steps is None:
+            return None
         rows = residual = hidden.reshape(-1, hidden.shape[-1])
         for step in steps:
             rows, residual = step(rows, residual, context)
@@ -212,11 +215,13 @@ class Fused:
         return None
 
     def _plan(self, module: nn.Module, made: _Made, hidden: torch.Tensor) -> list[Step] | None:
-        if hidden.ndim != 3 or not hidden.numel() or _capturing():
+        if hidden.ndim != 3 or not hidden.numel():
             return None
         if hidden.dtype != self.dtype:
             return None
         choice = self.nearest(hidden.shape[0] * hidden.shape[1])
+        if choice is None:
+            return None
         try:
             return steps_of(
                 made.layer, choice, made.weights, tuple(hidden.shape[:2]), hidden.device

@@ -160,27 +160,31 @@ def _positional(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 def install(
-    layers: list[Found], choices: Mapping[str, Mapping[int, Choice]] | None = None
+    layers: list[Found], choices: Mapping[str, Mapping[int, Choice | None]] | None = None
 ) -> list[str]:
     """Replace layers; returns the names of those that are replaced.
 
     Args:
         layers: as `find` gives them; those with a reason stay as they are.
-        choices: kind -> number of rows -> how it is computed then, added to what the layer has;
-            layers of other kinds stay as they are. None runs each operator by itself.
+        choices: kind -> number of rows -> how it is computed then (None: by its own code), added to
+            what the layer has; layers that only have their own code stay as they are. None runs
+            each operator by itself.
     """
     names = []
     for found in layers:
-        if found.reason is not None or (choices is not None and not choices.get(found.kind)):
+        if found.reason is not None:
             continue
         module = found.module
         if choices is None:
-            given: Mapping[int, Choice] = {1: Choice.unfused(found.layer)}
+            given: Mapping[int, Choice | None] = {1: Choice.unfused(found.layer)}
         else:
-            given = choices[found.kind]
+            given = choices.get(found.kind, {})
         before = module.__dict__.get("_stof_fused")
         kept = before.choices if before is not None and before.dtype == found.dtype else {}
-        module.__dict__["_stof_fused"] = Fused({**kept, **given}, found.dtype)
+        given = {**kept, **given}
+        if not any(given.values()):
+            continue
+        module.__dict__["_stof_fused"] = Fused(given, found.dtype)
         if not isinstance(module, _Replaced):
             module.__class__ = _subclass(type(module))
         names.append(found.name)

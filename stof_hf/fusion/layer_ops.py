@@ -128,6 +128,14 @@ class Scheme:
         """Two neighbouring segments become one."""
         yield from self._legal([b for b in self.borders if b != border] for border in self.borders)
 
+    def split(self) -> Iterator[Scheme]:
+        """One segment becomes two: what takes an `expand` back that did not pay."""
+        yield from self._legal(
+            sorted({*self.borders, cut})
+            for begin, end in self.bounds
+            for cut in range(begin + 1, end)
+        )
+
     def seize(self) -> Iterator[Scheme]:
         """A segment takes operators from the end or the beginning of its neighbour."""
         ends = (0, *self.borders, len(self.operators))

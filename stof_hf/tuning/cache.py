@@ -30,7 +30,7 @@ from .keys import Key, batch_bucket, fingerprint, mask_bucket, seq_bucket
 __all__ = [
     "Entry", "Environment", "Found", "Key", "Layer", "Segment", "TunedFile", "batch_bucket",
     "clear", "environment", "export", "fingerprint", "folder", "import_", "list_", "lookup",
-    "mask_bucket", "seq_bucket", "shipped_dir", "show", "store",
+    "mask_bucket", "results", "seq_bucket", "shipped_dir", "show", "store",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -110,6 +110,19 @@ def lookup(key: Key, where: Environment) -> Found | None:
         return None
     _, shipped, other, entry = min(near, key=lambda candidate: candidate[:2])
     return Found(key, other, entry, shipped)
+
+
+def results(model: str, dtype: str, where: Environment) -> list[tuple[Key, Entry]]:
+    """All results for a model's fingerprint and dtype, those found last at the end.
+
+    What the package ships comes in front of what was tuned here.
+    """
+    return [
+        (key, entry)
+        for entries in (_shipped(where), _own(where))
+        for key, entry in sorted(entries.items(), key=lambda item: item[1].measured)
+        if (key.model, key.dtype) == (model, dtype)
+    ]
 
 
 def store(key: Key, entry: Entry, where: Environment) -> None:

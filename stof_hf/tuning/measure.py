@@ -1,0 +1,189 @@
+"""How long a candidate takes: CUDA graphs replayed, a clock on the CPU, or what was recorded."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..errors import StofError
+
+__all__ = ["Clock", "GraphReplay", "Measurer", "Recorded", "measurer_for", "replaying"]
+
+Call = Callable[[], Any]
+#: Makes calls of a candidate, which differ in the memory that their weights lie in.
+Make = Callable[[], Sequence[Call]]
+FAILED = float("inf")
+
+
+class Measurer:
+    """Times of candidates by their keys. What was measured once is never measured again.
+
+    Attributes:
+        times: key -> microseconds; infinite for what did not compile or computed something else.
+        templates: whether Triton templates run here.
+        shared_memory: bytes that a block may use.
+    """
+
+    templates = False
+    shared_memory = 227 << 10
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+
+    def time_us(self, key: str, make: Make) -> float:
+        """The time of one call of a candidate in microseconds."""
+        if key not in self.times:
+            self.times[key] = self._time(key, make)
+        return self.times[key]
+
+    def prepare(self, candidates: Mapping[str, Make]) -> None:
+        """Get ready what is going to be measured: by default, nothing."""
+
+    def _time(self, key: str, make: Make) -> float:
+        try:
+            return self._measure(make())
+        except Exception:  # kernels fail in many ways, and a search must survive each
+            return FAILED
+
+    def _measure(self, calls: Sequence[Call]) -> float:
+        raise NotImplementedError
+
+
+class Clock(Measurer):
+    """Wall-clock time on the CPU: the least of at least five calls and 5 ms.
+
+    The least, because whatever else runs on the machine can only make a call slower.
+    """
+
+    def _measure(self, calls: Sequence[Call]) -> float:
+        calls[0]()
+        times: list[float] = []
+        while len(times) < 5 or sum(times) < 5e-3:
+            begin = time.perf_counter()
+            calls[len(times) % len(calls)]()
+            times.append(time.perf_counter() - begin)
+        return min(times) * 1e6
+
+
+class GraphReplay(Measurer):
+    """Device time of CUDA graphs: the median of their replays, without launch gaps."""
+
+    templates = True
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        properties = torch.cuda.get_device_properties(device)
+        self.device = device
+        self.shared_memory = properties.shared_memory_per_block_optin
+
+    def prepare(self, candidates: Mapping[str, Make]) -> None:
+        """Compile at once what is not measured yet; most of the time goes to other programs."""
+        new = [make for key, make in candidates.items() if key not in self.times]
+        if len(new) > 1:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(self._compile, new))
+            torch.cuda.synchronize(self.device)
+
+    def _compile(self, make: Make) -> None:
+        # What fails here fails again, and is noted, when it is measured.
+        with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(self.device):
+            make()[0]()
+
+    def _measure(self, calls: Sequence[Call]) -> float:
+        with torch.cuda.device(self.device):
+            return self._replay(calls)
+
+    def _replay(self, calls: Sequence[Call]) -> float:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls[:2]:
+                call()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for call in calls:
+                call()
+            end.record()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        # Half a millisecond a replay; what the host took to launch is counted too, here only.
+        rounds = max(1, min(10, int(0.5 / max(begin.elapsed_time(end), 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(rounds):
+                for call in calls:
+                    call()
+        for _ in range(2):
+            graph.replay()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(8)]
+        events[0].record()
+        for event in events[1:]:
+            graph.replay()
+            event.record()
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        return statistics.median(times) * 1000 / (rounds * len(calls))
+
+
+class Recorded(Measurer):
+    """Times that were measured before: for tests, and for notebooks where there is no GPU.
+
+    Args:
+        times: key -> microseconds, as `TuneReport.to_json()["timings"]` has them.
+        templates, shared_memory: of the machine that they were measured on.
+
+    Raises StofError for a candidate that was not measured.
+    """
+
+    def __init__(
+        self, times: Mapping[str, float | None], *, templates: bool = True,
+        shared_memory: int = 227 << 10,
+    ):  # fmt: skip
+        super().__init__()
+        self.recorded, self.templates, self.shared_memory = times, templates, shared_memory
+
+    def _time(self, key: str, make: Make) -> float:
+        try:
+            found = self.recorded[key]
+        except KeyError:
+            raise StofError(
+                f"nobody recorded how long {key!r} takes: tune with the seed, the budget and the "
+                "shapes of the recording"
+            ) from None
+        return FAILED if found is None else found
+
+
+_replayed: ContextVar[Measurer | None] = ContextVar("replayed", default=None)
+
+
+@contextlib.contextmanager
+def replaying(measurer: Measurer) -> Iterator[Measurer]:
+    """Let `stof_hf.tune` take times from this measurer instead of measuring.
+
+    >>> with replaying(Recorded({})):
+    ...     type(measurer_for(torch.device("cpu"))).__name__
+    'Recorded'
+    """
+    token = _replayed.set(measurer)
+    try:
+        yield measurer
+    finally:
+        _replayed.reset(token)
+
+
+def measurer_for(device: torch.device) -> Measurer:
+    """The measurer of a device, one for all searches of this process."""
+    return _replayed.get() or _of_device(device)
+
+
+@cache
+def _of_device(device: torch.device) -> Measurer:
+    return GraphReplay(device) if device.type == "cuda" else Clock()

@@ -1,0 +1,342 @@
+"""The two-stage search for the fastest scheme of a layer, as in STOF (PPoPP '26).
+
+Stage 1 moves the borders of segments, starting from what an analytical model likes best: expand,
+seize, compete, and split, which takes an expansion back. Stage 2 samples parameters of the
+templates, where time is and where sampling has paid so far. A layer's time is the sum of its
+segments', so that each segment is measured once, in whatever schemes it occurs.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ..fusion.fused import Choice
+from ..fusion.layer_ops import SEGMENTS, Scheme, schemes
+from ..fusion.runners import TEMPLATES, Params
+from .measure import Measurer
+from .sample import Sample
+
+__all__ = ["Result", "Run", "search"]
+
+Bounds = tuple[int, int]
+
+#: Relative differences below this are noise.
+NOISE = 0.005
+#: What a first sample of a template's parameters is expected to gain, relative to the segment.
+_HOPE = 0.05
+#: How much of that expectation is left after a sample that gained nothing.
+_PATIENCE = 0.8
+#: Candidates that are compiled together.
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What computes a segment, and its time in microseconds."""
+
+    template: str
+    params: Params
+    time_us: float
+
+
+@dataclass
+class Result:
+    """What a search found.
+
+    Args:
+        runs: of the scheme's segments.
+        unfused: times of the operators one by one, as PyTorch computes them.
+        course: (measurements so far, the layer's time by then), whenever it fell.
+        interrupted: whether somebody pressed Ctrl-C.
+    """
+
+    scheme: Scheme
+    runs: tuple[Run, ...]
+    unfused: tuple[float, ...]
+    course: list[tuple[int, float]]
+    interrupted: bool = False
+
+    @property
+    def time_us(self) -> float:
+        return sum(run.time_us for run in self.runs)
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.scheme.bits, tuple((run.template, run.params) for run in self.runs))
+
+
+@dataclass
+class _Arm:
+    """A template for a segment, whose parameters stage 2 samples.
+
+    Args:
+        weights: parameter -> value -> how well samples with it did.
+        hope: expected gain of the next sample, relative to the segment's time.
+    """
+
+    bounds: Bounds
+    template: str
+    weights: dict[str, dict[int, float]]
+    hope: float = _HOPE
+    tried: set[tuple[int, ...]] = field(default_factory=set)
+
+
+def search(
+    sample: Sample,
+    measurer: Measurer,
+    *,
+    budget_s: float,
+    seed: int = 0,
+    progress: Callable[[int, float], None] = lambda count, time_us: None,
+) -> Result:
+    """Find how layers of a kind are computed fastest.
+
+    Args:
+        sample: the layers and what they are called with.
+        measurer: takes the times.
+        budget_s: seconds after which nothing more is measured. PyTorch's operators one by one are
+            always measured, so that there is always a result.
+        seed: of what stage 2 draws.
+        progress: called with the number of measurements and the layer's time, whenever one is done.
+    """
+    return _Search(sample, measurer, budget_s, seed, progress).run()
+
+
+class _Search:
+    def __init__(
+        self, sample: Sample, measurer: Measurer, budget_s: float, seed: int,
+        progress: Callable[[int, float], None],
+    ):  # fmt: skip
+        self.sample, self.measurer, self.progress = sample, measurer, progress
+        self.deadline = time.monotonic() + budget_s
+        self.random = random.Random(seed)
+        self.names = sample.layer.names
+        self.best: dict[Bounds, Run] = {}
+        self.times: dict[tuple[Bounds, str], float] = {}
+        self.arms: dict[tuple[Bounds, str], _Arm] = {}
+        self.count = 0
+        self.course: list[tuple[int, float]] = []
+        self.scheme = Scheme.unfused(self.names)
+
+    def run(self) -> Result:
+        for bounds in self.scheme.bounds:
+            self.measure(bounds, "attention" if self.is_attention(bounds) else "torch", {})
+        unfused = tuple(self.best[bounds].time_us for bounds in self.scheme.bounds)
+        interrupted = False
+        try:
+            start = self.analytical()
+            self.explore([start])
+            if self.cost(start) < math.inf:
+                self.scheme = start
+            self.move_borders()
+            while self.sample_parameters():
+                before = self.scheme
+                self.move_borders()
+                if self.scheme == before:
+                    break
+        except KeyboardInterrupt:
+            interrupted = True
+        self.scheme = min(
+            (self.scheme, Scheme.unfused(self.names)), key=lambda scheme: self.cost(scheme)
+        )
+        runs = tuple(self.best[bounds] for bounds in self.scheme.bounds)
+        return Result(self.scheme, runs, unfused, self.course, interrupted)
+
+    def is_attention(self, bounds: Bounds) -> bool:
+        return self.names[slice(*bounds)] == ("attention",)
+
+    def cost(self, scheme: Scheme) -> float:
+        """Its time as far as it is measured; infinite where a segment is not."""
+        return sum(
+            self.best[bounds].time_us if bounds in self.best else math.inf
+            for bounds in scheme.bounds
+        )
+
+    def over(self) -> bool:
+        return time.monotonic() >= self.deadline
+
+    # Measuring
+
+    def templates(self, bounds: Bounds) -> Iterator[str]:
+        """What can compute a segment here."""
+        part = self.sample.part(bounds)
+        for name in SEGMENTS[part.names]:
+            template = TEMPLATES[name]
+            if template.takes(part) and (self.measurer.templates or not template.module):
+                yield name
+
+    def start(self, bounds: Bounds, name: str) -> Params | None:
+        """Parameters that nobody tuned, or None where the template has none that fit."""
+        template, part = TEMPLATES[name], self.sample.part(bounds)
+        try:
+            params = template.start(part, self.sample.rows, self.sample.hidden.device)
+        except RuntimeError:
+            return None
+        return params if template.allows(params, part, self.measurer.shared_memory) else None
+
+    def measure(self, bounds: Bounds, name: str, params: Params) -> float:
+        """The time of a candidate, which becomes its segment's best if it is."""
+        key = self.sample.key(bounds, name, params)
+        self.count += key not in self.measurer.times
+        taken = self.measurer.time_us(key, lambda: self.sample.calls(bounds, name, params))
+        here = bounds, name
+        self.times[here] = min(taken, self.times.get(here, math.inf))
+        if bounds not in self.best or taken < self.best[bounds].time_us:
+            self.best[bounds] = Run(name, params, taken)
+        now = min(self.cost(self.scheme), self.course[-1][1] if self.course else math.inf)
+        if now < math.inf and (not self.course or now < self.course[-1][1]):
+            self.course.append((self.count, now))
+        self.progress(self.count, now)
+        return taken
+
+    def measure_all(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
+        """Measure as many as there is time for, compiling several at once."""
+        rest = list(candidates)
+        while rest and not self.over():
+            batch, rest = rest[:_BATCH], rest[_BATCH:]
+            self.measurer.prepare({
+                self.sample.key(*one): lambda one=one: self.sample.calls(*one) for one in batch
+            })  # fmt: skip
+            for one in batch:
+                self.measure(*one)
+
+    def explore(self, wanted: Iterable[Scheme]) -> None:
+        """Measure segments of schemes that are not measured yet, with parameters nobody tuned."""
+        bounds = dict.fromkeys(bounds for scheme in wanted for bounds in scheme.bounds)
+        self.measure_all(
+            (each, name, params)
+            for each in bounds
+            for name in self.templates(each)
+            if (each, name) not in self.times and (params := self.start(each, name)) is not None
+        )
+
+    # Stage 1
+
+    def analytical(self) -> Scheme:
+        """The scheme between whose segments the fewest bytes go through memory.
+
+        Only schemes count in which each segment has a template of its own, or no other way.
+        """
+
+        columns = list(_columns(self.sample))
+
+        def traffic(scheme: Scheme) -> tuple[int, int]:
+            return sum(columns[border] for border in scheme.borders), len(scheme.sizes)
+
+        possible = [s for s in schemes(self.names) if all(map(self.computable, s.bounds))]
+        return min(possible or [self.scheme], key=traffic)
+
+    def computable(self, bounds: Bounds) -> bool:
+        return any(self.start(bounds, name) is not None for name in self.templates(bounds))
+
+    def move_borders(self) -> None:
+        """Stage 1: take the best move as long as one helps."""
+        while not self.over():
+            moves = dict.fromkeys(
+                scheme
+                for move in (Scheme.expand, Scheme.seize, Scheme.compete, Scheme.split)
+                for scheme in move(self.scheme)
+                if all(map(self.computable, scheme.bounds))
+            )
+            if not moves:
+                return
+            self.explore(moves)
+            best = min(moves, key=self.cost)
+            if self.cost(best) >= self.cost(self.scheme) * (1 - NOISE / 10):
+                return
+            self.scheme = best
+
+    # Stage 2
+
+    def sample_parameters(self) -> bool:
+        """Stage 2: sample while it is expected to pay; whether anything was measured."""
+        before = self.count
+        arms = list(self.open_arms())
+        while arms and not self.over():
+            layer = self.cost(self.scheme)
+            worth = [arm.hope * self.best[arm.bounds].time_us / layer for arm in arms]
+            if max(worth) < NOISE / 5:
+                break
+            drawn = self.random.choices(arms, worth, k=_BATCH)
+            batch = [(arm, params) for arm in drawn if (params := self.draw(arm)) is not None]
+            arms = [arm for arm in arms if arm.hope > 0]
+            self.measure_batch(batch)
+        return self.count > before
+
+    def open_arms(self) -> Iterator[_Arm]:
+        """Templates with parameters of the scheme's segments, unless far behind the best."""
+        for bounds in self.scheme.bounds:
+            for name in self.templates(bounds):
+                space = TEMPLATES[name].space
+                taken = self.times.get((bounds, name), math.inf)
+                if not space or taken > 1.5 * self.best[bounds].time_us:
+                    continue
+                if (bounds, name) not in self.arms:
+                    weights = {key: dict.fromkeys(values, 1.0) for key, values in space.items()}
+                    self.arms[bounds, name] = _Arm(bounds, name, weights)
+                yield self.arms[bounds, name]
+
+    def draw(self, arm: _Arm) -> Params | None:
+        """Parameters that fit and were not tried; None, and no more hope, where none turn up."""
+        template, part = TEMPLATES[arm.template], self.sample.part(arm.bounds)
+        best = self.best[arm.bounds]
+        known = best.params if best.template == arm.template else None
+        for _ in range(100):
+            params = {
+                name: self.random.choices(list(values), list(values.values()))[0]
+                for name, values in arm.weights.items()
+            }
+            if known is not None and self.random.random() < 0.5:
+                # Near the best one: one or two parameters differ.
+                changed = self.random.sample(sorted(params), min(2, len(params)))
+                params = {**known, **{name: params[name] for name in changed}}
+            drawn = tuple(params.values())
+            if drawn not in arm.tried and self.sensible(params) and template.allows(
+                params, part, self.measurer.shared_memory
+            ):  # fmt: skip
+                arm.tried.add(drawn)
+                return params
+        arm.hope = 0.0
+        return None
+
+    def sensible(self, params: Params) -> bool:
+        """No tile is more than twice as high as there are rows."""
+        return params.get("block_m", 0) <= max(16, 2 * self.sample.rows)
+
+    def measure_batch(self, batch: list[tuple[_Arm, Params]]) -> None:
+        before = {id(arm): self.best[arm.bounds].time_us for arm, _ in batch}
+        self.measure_all((arm.bounds, arm.template, params) for arm, params in batch)
+        for arm, params in batch:
+            key = self.sample.key(arm.bounds, arm.template, params)
+            taken = self.measurer.times.get(key)
+            if taken is None:  # time was over
+                continue
+            fastest = self.times[arm.bounds, arm.template]
+            reward = (fastest / taken) ** 4 if taken < math.inf else 0.0
+            for name, value in params.items():
+                arm.weights[name][value] = 0.8 * arm.weights[name][value] + reward
+            gain = max(0.0, 1 - taken / before[id(arm)])
+            arm.hope = _PATIENCE * arm.hope + (1 - _PATIENCE) * gain
+            before[id(arm)] = min(before[id(arm)], taken)
+
+
+def _columns(sample: Sample) -> Iterator[int]:
+    """Columns of the rows in front of each operator."""
+    width = sample.hidden.shape[-1]
+    for operator in sample.layer.operators:
+        yield width
+        if operator.name == "gemm":
+            width = sum(
+                m.weight.shape[0] if isinstance(m, torch.nn.Linear) else m.weight.shape[1]
+                for m in operator.modules
+            )
+        elif operator.name == "gate":
+            width //= 2
+        elif operator.name == "attention":
+            width = operator.attention.heads * operator.attention.head_dim

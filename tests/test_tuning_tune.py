@@ -1,0 +1,346 @@
+"""tune, apply_tuned and restore: on the CPU for real, and with recorded times as on a GPU."""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from layers import MODELS, build, first, inputs_of
+
+import stof_hf
+from stof_hf.errors import StofError, StofWarning, UnsupportedError
+from stof_hf.fusion.install import find, replaced
+from stof_hf.fusion.layer_ops import SEGMENTS, schemes
+from stof_hf.tuning import cache, measure, search, tune
+from stof_hf.tuning.measure import Recorded, replaying
+
+NAMES = ["bert", "llama", "gpt2", "vit", "modernbert"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "tuning")
+
+
+class Invented(dict):
+    """Times of everything, made of the keys: PyTorch is slow, and templates vary."""
+
+    def __missing__(self, key):
+        share = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) / 2**32
+        slow = "own code" in key or key.startswith("torch(")
+        return (100.0 if slow else 20.0) * (1 + share)
+
+
+def sizes(name):
+    return {} if name == "vit" else {"batch_size": 2, "seq_len": 33}
+
+
+@pytest.fixture
+def invented():
+    with replaying(Recorded(Invented())) as measurer:
+        yield measurer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tune_on_the_cpu(name):
+    model = build(name)
+    inputs = inputs_of(model)
+    want = first(model, inputs)
+    report = stof_hf.tune(model, **sizes(name), budget_s=5, progress=False)
+    assert report.layers and not report.skipped and not report.interrupted
+    assert sum(layer.count for layer in report.layers) == 2
+    assert report.installed == sum(layer.count for layer in report.layers if layer.kept)
+    assert all(segment.template in ("torch", "attention")
+               for layer in report.layers for segment in layer.segments)  # fmt: skip
+    torch.testing.assert_close(first(model, inputs), want)
+    stof_hf.restore(model)
+    stof_hf.restore(model)
+    assert torch.equal(first(model, inputs), want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_search_on_recorded_times_installs_templates(name, invented):
+    """Whose times are a GPU's, so that Triton's interpreter computes what is chosen."""
+    model = build(name)
+    inputs = inputs_of(model, 20)
+    want = first(model, inputs)
+    report = stof_hf.tune(model, **sizes(name), budget_s=20, progress=False)
+    assert report.installed == 2
+    used = {segment.template for layer in report.layers for segment in layer.segments}
+    assert used & {"gemm", "gemm_norm", "norm"}
+    torch.testing.assert_close(first(model, inputs), want, rtol=2e-4, atol=2e-4)
+    again = build(name)
+    found = stof_hf.apply_tuned(again, strict=True)
+    assert found.installed == 2 and found.measurements == 0
+    torch.testing.assert_close(first(again, inputs), want, rtol=2e-4, atol=2e-4)
+
+
+def test_nothing_is_measured_twice(invented):
+    model = build("bert")
+    first_report = stof_hf.tune(model, seq_len=32, budget_s=20, progress=False)
+    assert first_report.measurements == len(invented.times) > 40
+    assert stof_hf.tune(model, seq_len=32, budget_s=20, progress=False).measurements == 0
+
+
+def test_a_recording_gives_the_same_result():
+    with replaying(Recorded(Invented())):
+        report = stof_hf.tune(build("gpt2"), seq_len=32, budget_s=60, progress=False, seed=3)
+    timings = json.loads(json.dumps(report.to_json()))["timings"]
+    with replaying(Recorded(timings)):
+        again = stof_hf.tune(build("gpt2"), seq_len=32, budget_s=60, progress=False, seed=3)
+    assert again.layers == report.layers
+    with replaying(Recorded(timings)), pytest.raises(StofError, match="nobody recorded"):
+        stof_hf.tune(build("gpt2"), seq_len=48, budget_s=60, progress=False)
+
+
+@pytest.fixture
+def sample(invented):
+    from stof_hf.tuning.inputs import make_inputs, run
+    from stof_hf.tuning.sample import capture
+
+    model = build("bert")
+    call, last = run(model, make_inputs(model, 1, 32, "forward", 0), "forward")
+    with torch.no_grad():
+        (sample,) = capture(model, find(model), call, last).values()
+    return sample
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_search_is_near_the_best_there_is(sample, invented, seed):
+    """Borders: of all schemes with the parameters that were measured, the best is found."""
+    made = search._Search(sample, invented, 60, seed, lambda *_: None)
+    result = made.run()
+    assert result.time_us == pytest.approx(made.cost(result.scheme))
+    made.explore(schemes(sample.layer.names))
+    least = min(map(made.cost, schemes(sample.layer.names)))
+    assert result.time_us <= 1.03 * least
+    assert [time for _, time in result.course] == sorted(
+        (time for _, time in result.course), reverse=True
+    )
+    assert result.scheme.legal and result.course[-1][1] == pytest.approx(result.time_us)
+
+
+def test_sampling_beats_chance(sample):
+    """Where parameters matter one by one, rewards find good ones sooner than chance."""
+
+    class Smooth(dict):
+        def __missing__(self, key):
+            if not key.startswith("gemm("):
+                return 1000.0
+            values = dict(pair.split("=") for pair in key[5 : key.index(")")].split(","))
+            wanted = {"block_m": 32, "block_n": 64, "block_k": 128, "stages": 4, "warps": 4}
+            off = (abs(math.log2(int(values[k]) / v)) for k, v in wanted.items())
+            return 50.0 * (1 + 0.3 * sum(off))
+
+    ours, random = [], []
+    for seed in range(5):
+        measurer = Recorded(Smooth())
+        result = search.search(sample, measurer, budget_s=60, seed=seed)
+        ours.append(min(run.time_us for run in result.runs if run.template == "gemm"))
+        arms = [key for key in measurer.times if key.startswith("gemm(")]
+        measurer = Recorded(Smooth())
+        made = search._Search(sample, measurer, 60, seed, lambda *_: None)
+        spaces = {key.split(")")[1] for key in arms}
+        space = search.TEMPLATES["gemm"].space
+        count = len(arms) // len(spaces)
+        random.append(min(
+            Smooth()["gemm(" + ",".join(f"{k}={made.random.choice(v)}" for k, v in space.items())
+                     + ")"]
+            for _ in range(count)
+        ))  # fmt: skip
+    assert sum(ours) < sum(random)
+
+
+def test_an_early_answer_on_ctrl_c():
+    with replaying(_Pressed(25)):
+        report = stof_hf.tune(build("bert"), seq_len=32, budget_s=60, progress=False)
+    assert report.interrupted and report.layers and "stopped early" in str(report)
+
+
+class _Pressed(Recorded):
+    """Ctrl-C at a measurement."""
+
+    def __init__(self, at):
+        super().__init__(Invented())
+        self.at = at
+
+    def _time(self, key, make):
+        if len(self.times) == self.at:
+            self.at = -1
+            raise KeyboardInterrupt
+        return super()._time(key, make)
+
+
+def test_what_is_slower_or_wrong_is_not_used():
+    class Slow(Invented):
+        def __missing__(self, key):
+            return 1.0 if "own code" in key else super().__missing__(key)
+
+    model = build("bert")
+    with replaying(Recorded(Slow())):
+        report = stof_hf.tune(model, seq_len=32, budget_s=20, progress=False)
+    assert report.installed == 0 and "no faster" in report.layers[0].note
+    assert not list(replaced(model))
+    query = model.encoder.layer[0].attention.self.query.weight
+    assert query._base is None and query.untyped_storage().nbytes() == query.nbytes
+    # Found again, and still not used.
+    assert stof_hf.apply_tuned(build("bert"), strict=True).installed == 0
+
+
+def test_a_candidate_that_computes_something_else_never_wins(monkeypatch):
+    from stof_hf.fusion import runners
+
+    wrong = runners.Template(lambda part, params, shape: lambda rows, res, _: (rows * 0, rows * 0))
+    monkeypatch.setitem(runners._PYTORCH, ("residual",), lambda part, _: wrong.build(part, {}, ()))
+    measurer = measure.Clock()
+    with replaying(measurer):
+        stof_hf.tune(build("bert"), seq_len=32, budget_s=2, progress=False)
+    lost = [key for key, taken in measurer.times.items() if math.isinf(taken)]
+    assert any("[residual]" in key for key in lost)
+
+
+def test_another_shape_takes_the_nearest_choice(invented):
+    model = build("llama")
+    report = stof_hf.tune(model, shapes=[(1, 16), (4, 32)], budget_s=20, progress=False)
+    assert [(layer.batch_size, layer.seq_len) for layer in report.layers] == [(1, 16), (4, 32)]
+    (fused, *_) = (vars(layer)["_stof_fused"] for layer in replaced(model))
+    assert set(fused.choices) == {16, 128}
+    assert fused.nearest(20) is fused.choices[16] and fused.nearest(999) is fused.choices[128]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_phases(name, phase):
+    model = build(name)
+    inputs = inputs_of(model, 12)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    want = model.generate(**inputs, **options)
+    report = stof_hf.tune(model, batch_size=2, seq_len=12, phase=phase, budget_s=2, progress=False)
+    assert report.phase == phase
+    assert (report.layers[0].batch_size, report.layers[0].seq_len) == (2, 12)
+    assert torch.equal(model.generate(**inputs, **options), want)
+
+
+def test_example_inputs_and_what_contradicts_them():
+    model = build("bert")
+    inputs = inputs_of(model)
+    report = stof_hf.tune(model, inputs, budget_s=1, progress=False)
+    assert (report.layers[0].batch_size, report.layers[0].seq_len) == (2, 50)
+    with pytest.raises(StofError, match="either them, or sizes"):
+        stof_hf.tune(model, inputs, seq_len=3)
+    with pytest.raises(StofError, match="phase must be one of"):
+        stof_hf.tune(model, phase="backward")
+    with pytest.raises(UnsupportedError, match="takes 512 tokens, not 5000"):
+        stof_hf.tune(model, seq_len=5000, progress=False)
+    with pytest.raises(UnsupportedError, match="keeps no cache"):
+        stof_hf.tune(build("vit"), phase="decode", progress=False)
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    albert = transformers.AlbertModel(transformers.AlbertConfig(embedding_size=16, **small))
+    with pytest.raises(UnsupportedError, match="no layer of AlbertModel is known"):
+        stof_hf.tune(albert)
+
+
+def test_layers_left_alone_have_one_line_each():
+    model = build("bert")
+    handle = model.encoder.layer[1].output.register_forward_hook(lambda *args: None)
+    report = stof_hf.tune(model, seq_len=16, budget_s=1, progress=False)
+    assert list(report.skipped) == ["encoder.layer.1"]
+    assert "has forward hooks" in report.skipped["encoder.layer.1"]
+    assert "encoder.layer.1 runs its own code" in str(report)
+    handle.remove()
+
+
+def test_the_model_stays_in_training_mode():
+    model = build("bert")
+    model.encoder.train()
+    modes = [module.training for module in model.modules()]
+    stof_hf.tune(model, seq_len=16, budget_s=1, progress=False)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_apply_false_changes_nothing(invented):
+    model = build("llama")
+    before = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
+    report = stof_hf.tune(model, seq_len=16, budget_s=5, apply=False, progress=False)
+    assert report.installed == 0 and not list(replaced(model))
+    assert len(before) == len({p.untyped_storage().data_ptr() for p in model.parameters()}) + (
+        len(before) - len(set(before))
+    )
+    assert stof_hf.apply_tuned(model).installed == 2
+
+
+def test_nothing_tuned():
+    with pytest.warns(StofWarning, match="nothing is tuned"):
+        assert stof_hf.apply_tuned(build("bert")).installed == 0
+    with pytest.raises(StofError, match="nothing is tuned"):
+        stof_hf.apply_tuned(build("bert"), strict=True)
+
+
+def test_a_result_of_templates_that_are_gone_is_not_used(invented, monkeypatch):
+    model = build("bert")
+    stof_hf.tune(model, seq_len=16, budget_s=5, progress=False)
+    stof_hf.restore(model)
+    for segment, names in SEGMENTS.items():
+        monkeypatch.setitem(
+            SEGMENTS, segment, tuple(n for n in names if n in ("torch", "attention"))
+        )
+    with pytest.warns(StofWarning, match="tune again"):
+        report = stof_hf.apply_tuned(model)
+    assert report.installed == 0 and len(report.skipped) == 2
+
+
+def test_report(tmp_path, invented):
+    report = stof_hf.tune(build("bert"), seq_len=16, budget_s=5, progress=False)
+    data = json.loads(json.dumps(report.to_json()))
+    assert data["layers"][0]["segments"] and data["measurements"] == report.measurements
+    assert "times as fast" in str(report) and "gemm" in str(report)
+    report.plot(tmp_path / "tuned.png")
+    assert (tmp_path / "tuned.png").stat().st_size > 10_000
+
+
+_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+import stof_hf
+from layers import build, first, inputs_of
+model = build("bert", "sdpa")
+inputs = inputs_of(model)
+want = first(model, inputs)
+{what}
+torch.testing.assert_close(first(model, inputs), want)
+print(report.installed, report.measurements)
+"""
+
+
+def test_two_processes(tmp_path):
+    """Two that tune at once lose nothing; a third measures nothing."""
+    package = str(Path(stof_hf.__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": package, "STOF_CACHE_DIR": str(tmp_path)}
+
+    def start(what):
+        script = _SCRIPT.format(tests=str(Path(__file__).parent), what=what)
+        return subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    tuning = "report = stof_hf.tune(model, seq_len={}, budget_s=2, progress=False)"
+    both = [start(tuning.format(n)) for n in (16, 48)]
+    assert [process.communicate()[0] is not None and process.returncode for process in both] == [
+        0,
+        0,
+    ]
+    (file,) = (tmp_path / "tuning").glob("*.json")
+    assert sorted(e["key"]["seq_len"] for e in json.loads(file.read_text())["entries"]) == [16, 48]
+    third = start("report = stof_hf.apply_tuned(model, strict=True)")
+    assert third.communicate()[0].split()[1] == "0" and third.returncode == 0
+
+
+def test_every_family_is_tuned_here():
+    assert set(NAMES) <= set(MODELS) and callable(tune.tune)

@@ -87,6 +87,55 @@ def build(
     console.print(f"{len(kernels)} kernel libraries are ready; the cache is {jit.cache_dir()}")
 
 
+@app.command()
+def tune(
+    model: Annotated[str, typer.Argument(help="Folder, or name on the Hugging Face hub.")],
+    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
+    seq_len: Annotated[int | None, typer.Option(min=1, help="Tokens; keys in decoding.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="By default float16 on a GPU, else float32.")
+    ] = None,
+    phase: Annotated[str, typer.Option(help="forward, prefill or decode.")] = "forward",
+    pattern: Annotated[str | None, typer.Option(help="A pattern set on the model.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds that the search may take.")] = 60,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what the search draws.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the report here.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
+) -> None:
+    """Search how a model's layers run fastest here, and remember it for stof_hf.apply_tuned.
+
+    stof tune google-bert/bert-base-uncased --batch 8 --seq-len 512
+    """
+    import torch
+    from transformers import AutoModel
+
+    from . import set_pattern
+    from .tuning import tune as tuning
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = dtype or ("float32" if where == "cpu" else "float16")
+    if name not in ("float16", "bfloat16", "float32"):
+        raise typer.BadParameter(f"{name!r} is none of float16, bfloat16 and float32")
+    try:
+        loaded = AutoModel.from_pretrained(
+            model, attn_implementation="stof", dtype=getattr(torch, name)
+        )
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"cannot load {model}: {error}") from error
+    loaded = loaded.to(where).eval()
+    if pattern is not None:
+        set_pattern(loaded, _pattern(pattern, {}))
+    report = tuning.tune(
+        loaded, batch_size=batch, seq_len=seq_len, phase=phase, budget_s=budget, seed=seed
+    )
+    console.print(report)
+    if json_path is not None:
+        json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n")
+    if plot_path is not None:
+        report.plot(plot_path)
+
+
 PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
 
 

@@ -154,3 +154,23 @@ def test_demo(monkeypatch):
     result = invoke("demo")
     assert result.exit_code == 1
     assert "disagree" in result.output
+
+
+def test_tune(tmp_path, monkeypatch):
+    from layers import build
+
+    from stof_hf.tuning import cache
+
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "tuning")
+    build("bert").save_pretrained(tmp_path / "bert")
+    paths = "--json", tmp_path / "report.json", "--plot", tmp_path / "report.png"
+    result = invoke(
+        "tune", tmp_path / "bert", "--batch", 2, "--seq-len", 32, "--budget", 2, "--device", "cpu",
+        "--pattern", "longformer", *paths,
+    )  # fmt: skip
+    assert result.exit_code == 0 and "times as fast" in result.output
+    assert json.loads(paths[1].read_text())["layers"][0]["seq_len"] == 32
+    assert paths[3].stat().st_size > 10_000
+    assert "forward" in invoke("cache", "list").output
+    assert invoke("tune", tmp_path / "nothing").exit_code == 2
+    assert invoke("tune", tmp_path / "bert", "--dtype", "int8").exit_code == 2

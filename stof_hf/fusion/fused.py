@@ -186,10 +186,11 @@ class Fused:
             steps = self._plans[key] = self._plan(module, made, hidden)
         if steps is None:
             return None
-        rows = residual = hidden.reshape(-1, hidden.shape[-1])
-        for step in steps:
-            rows, residual = step(rows, residual, context)
-        return rows.view(hidden.shape)
+        # Kernels that are prepared launch on the current device.
+        if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
+            with torch.cuda.device(hidden.device):
+                return _through(steps, hidden, context)
+        return _through(steps, hidden, context)
 
     def _remake(self, module: nn.Module, make: Any) -> _Made | None:
         # What was refused is looked at again only once it has changed.
@@ -229,6 +230,13 @@ class Fused:
         except UnsupportedError as error:
             warn(module, str(error))
             return None
+
+
+def _through(steps: list[Step], hidden: torch.Tensor, context: Context) -> torch.Tensor:
+    rows = residual = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    for step in steps:
+        rows, residual = step(rows, residual, context)
+    return rows.view(hidden.shape)
 
 
 def _capturing() -> bool:

@@ -73,12 +73,10 @@ def _gemm(part: Part, params: Params, shape: Shape) -> Step:
 
     weight, bias, activation = part.weight, part.bias, part.activation
     if "residual" in part.names:
-        return lambda rows, residual, _: (
-            gemm(rows, weight, bias, residual, params=params), residual
-        )  # fmt: skip
-    return lambda rows, residual, _: (
-        gemm(rows, weight, bias, activation=activation, params=params), residual
-    )  # fmt: skip
+        add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, params=params))
+        return lambda rows, residual, _: (add(rows, residual), residual)
+    call = _prepared(lambda rows: gemm(rows, weight, bias, activation=activation, params=params))
+    return lambda rows, residual, _: (call(rows), residual)
 
 
 def _gated(part: Part, params: Params, shape: Shape) -> Step:
@@ -86,9 +84,8 @@ def _gated(part: Part, params: Params, shape: Shape) -> Step:
 
     gate, up = part.weight.chunk(2)
     activation = part.activation
-    return lambda rows, residual, _: (
-        gated(rows, gate, up, activation=activation, params=params), residual
-    )  # fmt: skip
+    call = _prepared(lambda rows: gated(rows, gate, up, activation=activation, params=params))
+    return lambda rows, residual, _: (call(rows), residual)
 
 
 def _qkv(part: Part, params: Params, shape: Shape) -> Step:
@@ -96,13 +93,16 @@ def _qkv(part: Part, params: Params, shape: Shape) -> Step:
 
     weight, bias, to = part.weight, part.bias, part.attention
 
-    def step(rows, residual, context):
-        cos, sin = (x.flatten(0, 1) for x in context.position_embeddings)
-        rows = qkv(
+    call = _prepared(
+        lambda rows, cos, sin: qkv(
             rows, weight, bias, heads=to.heads, kv_heads=to.kv_heads, cos=cos, sin=sin,
             params=params,
-        )  # fmt: skip
-        return rows, residual
+        )
+    )  # fmt: skip
+
+    def step(rows, residual, context):
+        cos, sin = context.position_embeddings
+        return call(rows, cos.flatten(0, 1), sin.flatten(0, 1)), residual
 
     return step
 
@@ -112,10 +112,12 @@ def _rotary(part: Part, params: Params, shape: Shape) -> Step:
 
     to = part.attention
     heads = to.heads, to.kv_heads, to.kv_heads
+    view = (*shape, sum(heads), to.head_dim)
+    call = _prepared(lambda q, k, cos, sin: rotary(q, k, cos, sin, params=params))
 
     def step(rows, residual, context):
-        q, k, _ = rows.view(*shape, sum(heads), to.head_dim).split(heads, 2)
-        rotary(q, k, *context.position_embeddings, params=params)
+        q, k, _ = rows.view(view).split(heads, 2)
+        call(q, k, *context.position_embeddings)
         return rows, residual
 
     return step
@@ -140,19 +142,29 @@ def _normed(part: Part, function: Callable, params: Params) -> Step:
     norm, bias, first = part.norm, part.bias, part.norm_first
     options = {"eps": norm.eps, "rms": norm.rms, "params": params}
     if "residual" not in part.names:
+        call = _prepared(lambda rows: function(rows, norm.weight, norm.bias, bias, **options))
 
         def step(rows, residual, _):
-            out = function(rows, norm.weight, norm.bias, bias, **options)
+            out = call(rows)
             return out, rows if first else out
     else:
-
-        def step(rows, residual, _):
-            out = function(
+        add = _prepared(
+            lambda rows, residual: function(
                 rows, norm.weight, norm.bias, bias, residual, return_sum=first, **options
             )
+        )
+
+        def step(rows, residual, _):
+            out = add(rows, residual)
             return out if first else (out, out)
 
     return step
+
+
+def _prepared(function: Callable[..., Any]) -> Callable[..., Any]:
+    from .templates.launch import Prepared
+
+    return Prepared(function)
 
 
 def _attention(part: Part, params: Params, shape: Shape) -> Step:

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import common
 from .common import SPACE, activate, check_rows, tile_of, two_products, weight_pointers
+from .launch import launch
 
 __all__ = ["SPACE", "default", "fits", "gated"]
 
@@ -88,7 +89,8 @@ def gated(
     if blocks == 0:
         return out
     with common.on_device_of(x):
-        gated_kernel[(blocks,)](
+        launch(
+            gated_kernel, (blocks,),
             x, gate, up, out, m, n, k, x.stride(0), *gate.stride(), *up.stride(), activation,
             k % params["block_k"] == 0, params["block_m"], params["block_n"], params["block_k"],
             params["group_m"], num_warps=params["warps"], num_stages=params["stages"],

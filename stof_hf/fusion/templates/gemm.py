@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import common
 from .common import SPACE, activate, check_rows, dot, tile_of, weight_pointers
+from .launch import launch
 
 __all__ = ["SPACE", "default", "fits", "gemm"]
 
@@ -118,7 +119,8 @@ def gemm(
         return out
     bias = None if bias is None else bias.contiguous()
     with common.on_device_of(x):
-        gemm_kernel[(blocks,)](
+        launch(
+            gemm_kernel, (blocks,),
             x, w, bias, residual, out, m, n, k, x.stride(0), *w.stride(),
             0 if residual is None else residual.stride(0), activation, bias is not None,
             residual is not None, k % params["block_k"] == 0, params["block_m"], params["block_n"],

@@ -17,6 +17,7 @@ from ...attention import select
 from ...attention.triton import INTERPRETED
 from ...attention.triton_kernels import _dot
 from ...errors import UnsupportedError
+from .launch import launch
 from .norm_common import (
     add_rows,
     check_matrix,
@@ -164,7 +165,8 @@ def gemm_norm(
     total = torch.empty_like(out) if return_sum else out
     if out.numel():
         with on_device_of(x):
-            gemm_norm_kernel[(triton.cdiv(m, params["block_m"]),)](
+            launch(
+                gemm_norm_kernel, (triton.cdiv(m, params["block_m"]),),
                 x, weight, x if bias is None else bias, x if residual is None else residual,
                 norm_weight, norm_weight if norm_bias is None else norm_bias, out, total,
                 m, x.stride(0), *weight.stride(), 0 if residual is None else residual.stride(0),

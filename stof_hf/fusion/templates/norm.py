@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ...attention import select
 from ...errors import UnsupportedError
+from .launch import launch
 from .norm_common import (
     add_rows,
     check_matrix,
@@ -132,7 +133,8 @@ def norm(
     total = torch.empty_like(out) if return_sum else out
     if out.numel():
         with on_device_of(x):
-            norm_kernel[(triton.cdiv(m, params["rows"]),)](
+            launch(
+                norm_kernel, (triton.cdiv(m, params["rows"]),),
                 x, x if bias is None else bias, x if residual is None else residual,
                 norm_weight, norm_weight if norm_bias is None else norm_bias, out, total,
                 m, x.stride(0), 0 if residual is None else residual.stride(0), eps, offset,

@@ -17,6 +17,7 @@ from ...errors import UnsupportedError
 from . import common
 from .common import SPACE, check_rows, tile_of, two_products, weight_pointers
 from .gemm import default, fits, gemm
+from .launch import launch
 
 __all__ = ["SPACE", "default", "fits", "qkv"]
 
@@ -136,7 +137,8 @@ def qkv(
         return out
     bias = None if bias is None else bias.contiguous()
     with common.on_device_of(x):
-        rotary_kernel[(blocks,)](
+        launch(
+            rotary_kernel, (blocks,),
             x, w, bias, cos, sin, None if positions is None else positions.contiguous(), out,
             m, n, k, x.stride(0), *w.stride(), cos.stride(0), sin.stride(0), cos.shape[0],
             heads + kv_heads, n // packed // 2, bias is not None, positions is not None,

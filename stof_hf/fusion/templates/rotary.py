@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ...attention import select
 from ...errors import UnsupportedError
+from .launch import launch
 from .norm_common import DTYPES, on_device_of, refuse_gradients
 
 SPACE: dict[str, tuple[int, ...]] = {
@@ -140,7 +141,8 @@ def rotary(
         return
     factors = [(x.stride(0) if len(x) == batch else 0, x.stride(1)) for x in (cos, sin)]
     with on_device_of(q):
-        rotary_kernel[grid](
+        launch(
+            rotary_kernel, grid,
             q, k, cos, sin, batch * seq_len, seq_len, heads, k.shape[2], q_chunks,
             *q.stride()[:3], *k.stride()[:3], *factors[0], *factors[1],
             HALF=half, BLOCK=_width(2 * half), TOKENS=params["tokens"], HEADS=params["heads"],

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from ..errors import StofError
-
 __all__ = ["Clock", "GraphReplay", "Measurer", "Recorded", "measurer_for", "replaying"]
 
 Call = Callable[[], Any]
@@ -44,8 +42,16 @@ class Measurer:
             self.times[key] = self._time(key, make)
         return self.times[key]
 
-    def prepare(self, candidates: Mapping[str, Make]) -> None:
-        """Get ready what is going to be measured: by default, nothing."""
+    def prepare(self, candidates: Mapping[str, Call]) -> None:
+        """Run once what is going to be measured, where that takes long: by default, nowhere."""
+
+    def first(self, template: str, about: str) -> dict[str, int] | None:
+        """The parameters of a template that were measured first, where only these are known.
+
+        Args:
+            about: the key of what it computes, behind the parameters.
+        """
+        return None
 
     def _time(self, key: str, make: Make) -> float:
         try:
@@ -84,18 +90,18 @@ class GraphReplay(Measurer):
         self.device = device
         self.shared_memory = properties.shared_memory_per_block_optin
 
-    def prepare(self, candidates: Mapping[str, Make]) -> None:
-        """Compile at once what is not measured yet; most of the time goes to other programs."""
-        new = [make for key, make in candidates.items() if key not in self.times]
+    def prepare(self, candidates: Mapping[str, Call]) -> None:
+        """Compile at once what is not measured yet: most of that time, Python waits."""
+        new = [call for key, call in candidates.items() if key not in self.times]
         if len(new) > 1:
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(self._compile, new))
             torch.cuda.synchronize(self.device)
 
-    def _compile(self, make: Make) -> None:
+    def _compile(self, call: Call) -> None:
         # What fails here fails again, and is noted, when it is measured.
         with contextlib.suppress(Exception), torch.no_grad(), torch.cuda.device(self.device):
-            make()[0]()
+            call()
 
     def _measure(self, calls: Sequence[Call]) -> float:
         with torch.cuda.device(self.device):
@@ -105,7 +111,7 @@ class GraphReplay(Measurer):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for call in calls[:2]:
+            for call in calls:
                 call()
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
@@ -114,8 +120,8 @@ class GraphReplay(Measurer):
             end.record()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        # Half a millisecond a replay; what the host took to launch is counted too, here only.
-        rounds = max(1, min(10, int(0.5 / max(begin.elapsed_time(end), 1e-3))))
+        # At most half a millisecond a replay; this once, time that the host takes is counted too.
+        rounds = max(1, min(50, int(0.5 / max(begin.elapsed_time(end), 1e-3))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(rounds):
@@ -137,10 +143,9 @@ class Recorded(Measurer):
     """Times that were measured before: for tests, and for notebooks where there is no GPU.
 
     Args:
-        times: key -> microseconds, as `TuneReport.to_json()["timings"]` has them.
+        times: key -> microseconds, as `TuneReport.to_json()["timings"]` has them, in the order in
+            which they were measured. What is not among them counts as failed.
         templates, shared_memory: of the machine that they were measured on.
-
-    Raises StofError for a candidate that was not measured.
     """
 
     def __init__(
@@ -150,14 +155,21 @@ class Recorded(Measurer):
         super().__init__()
         self.recorded, self.templates, self.shared_memory = times, templates, shared_memory
 
+    def first(self, template: str, about: str) -> dict[str, int] | None:
+        # What a template takes untuned depends on the GPU, which is not here.
+        for key in self.recorded:
+            name, _, rest = key.partition("(")
+            values, _, behind = rest.partition(") ")
+            if name == template and behind == about and values:
+                pairs = (pair.split("=") for pair in values.split(","))
+                return {name: int(value) for name, value in pairs}
+        return None
+
     def _time(self, key: str, make: Make) -> float:
         try:
             found = self.recorded[key]
         except KeyError:
-            raise StofError(
-                f"nobody recorded how long {key!r} takes: tune with the seed, the budget and the "
-                "shapes of the recording"
-            ) from None
+            return FAILED
         return FAILED if found is None else found
 
 

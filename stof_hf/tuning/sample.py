@@ -91,15 +91,25 @@ class Sample:
 
     def key(self, bounds: tuple[int, int], template: str, params: Params) -> str:
         """What a measured time holds for."""
-        part = self.part(bounds)
         values = ",".join(f"{name}={value}" for name, value in sorted(params.items()))
+        return f"{template}({values}) {self.about(bounds)}"
+
+    def about(self, bounds: tuple[int, int]) -> str:
+        """The same for whatever computes the segment."""
+        part = self.part(bounds)
         size = f"{self.rows} rows"
         if part.attention is not None:
             size = f"{self.shape[0]} x {self.shape[1]}"
         if part.names == ("attention",):
             config = part.attention.module.config
             size += f", {self.tokens} keys, mask {self.mask}, {config._attn_implementation}"
-        return f"{template}({values}) [{part.text}] {size} {_name(self.hidden.dtype)}"
+        return f"[{part.text}] {size} {_name(self.hidden.dtype)}"
+
+    def try_once(self, bounds: tuple[int, int], template: str, params: Params) -> Any:
+        """Run a segment, which compiles what it runs."""
+        state = self.states[bounds[0]]
+        step = TEMPLATES[template].build(self.part(bounds), params, self.shape)
+        return step(state.rows.clone(), state.residual, self.context)
 
     def layer_key(self, choice: Choice | None) -> str:
         """The same for a whole layer; None is its own code."""
@@ -126,7 +136,7 @@ class Sample:
         build = TEMPLATES[template].build
         # A rotation works in place.
         rows = before.rows.clone() if part.names[0] == "rotary" else before.rows
-        got = build(part, params, self.shape)(rows.clone(), before.residual, self.context)
+        got = self.try_once(bounds, template, params)
         for one, other in zip(got, (behind.rows, behind.residual), strict=True):
             # Behind a layer's last residual nobody reads what it had added.
             if end < len(self.layer.operators) or other is behind.rows:

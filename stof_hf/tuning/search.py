@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import StofError
 from ..fusion.fused import Choice
 from ..fusion.layer_ops import SEGMENTS, Scheme, schemes
 from ..fusion.runners import TEMPLATES, Params
@@ -128,6 +129,9 @@ class _Search:
         for bounds in self.scheme.bounds:
             self.measure(bounds, "attention" if self.is_attention(bounds) else "torch", {})
         unfused = tuple(self.best[bounds].time_us for bounds in self.scheme.bounds)
+        if math.inf in unfused:
+            failed = self.names[unfused.index(math.inf)]
+            raise StofError(f"{failed!r} of {self.sample.kind} could not be timed")
         interrupted = False
         try:
             start = self.analytical()
@@ -174,11 +178,14 @@ class _Search:
     def start(self, bounds: Bounds, name: str) -> Params | None:
         """Parameters that nobody tuned, or None where the template has none that fit."""
         template, part = TEMPLATES[name], self.sample.part(bounds)
+        params = self.measurer.first(name, self.sample.about(bounds)) if template.module else None
         try:
-            params = template.start(part, self.sample.rows, self.sample.hidden.device)
+            params = params or template.start(part, self.sample.rows, self.sample.hidden.device)
         except RuntimeError:
             return None
-        return params if template.allows(params, part, self.measurer.shared_memory) else None
+        if not template.allows(params, part, self.measurer.shared_memory):
+            return None
+        return {name: params[name] for name in template.space}
 
     def measure(self, bounds: Bounds, name: str, params: Params) -> float:
         """The time of a candidate, which becomes its segment's best if it is."""
@@ -201,7 +208,7 @@ class _Search:
         while rest and not self.over():
             batch, rest = rest[:_BATCH], rest[_BATCH:]
             self.measurer.prepare({
-                self.sample.key(*one): lambda one=one: self.sample.calls(*one) for one in batch
+                self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in batch
             })  # fmt: skip
             for one in batch:
                 self.measure(*one)
@@ -236,8 +243,11 @@ class _Search:
         return any(self.start(bounds, name) is not None for name in self.templates(bounds))
 
     def move_borders(self) -> None:
-        """Stage 1: take the best move as long as one helps."""
-        while not self.over():
+        """Stage 1: take the best move as long as one helps.
+
+        When time is over, of those whose segments are measured.
+        """
+        while True:
             moves = dict.fromkeys(
                 scheme
                 for move in (Scheme.expand, Scheme.seize, Scheme.compete, Scheme.split)
@@ -295,7 +305,7 @@ class _Search:
             if known is not None and self.random.random() < 0.5:
                 # Near the best one: one or two parameters differ.
                 changed = self.random.sample(sorted(params), min(2, len(params)))
-                params = {**known, **{name: params[name] for name in changed}}
+                params = {name: (params if name in changed else known)[name] for name in params}
             drawn = tuple(params.values())
             if drawn not in arm.tried and self.sensible(params) and template.allows(
                 params, part, self.measurer.shared_memory

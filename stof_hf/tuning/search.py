@@ -29,10 +29,10 @@ Bounds = tuple[int, int]
 
 #: Relative differences below this are noise.
 NOISE = 0.005
-#: What a first sample of a template's parameters is expected to gain, relative to the segment.
-_HOPE = 0.05
+#: What a first sample of a template's parameters is expected to gain, relative to its time.
+_HOPE = 0.15
 #: How much of that expectation is left after a sample that gained nothing.
-_PATIENCE = 0.8
+_PATIENCE = 0.75
 #: Candidates that are compiled together.
 _BATCH = 8
 
@@ -78,12 +78,15 @@ class _Arm:
 
     Args:
         weights: parameter -> value -> how well samples with it did.
-        hope: expected gain of the next sample, relative to the segment's time.
+        params: the best so far, and time_us, their time.
+        hope: expected gain of the next sample, relative to that time.
     """
 
     bounds: Bounds
     template: str
     weights: dict[str, dict[int, float]]
+    params: Params
+    time_us: float
     hope: float = _HOPE
     tried: set[tuple[int, ...]] = field(default_factory=set)
 
@@ -119,8 +122,9 @@ class _Search:
         self.random = random.Random(seed)
         self.names = sample.layer.names
         self.best: dict[Bounds, Run] = {}
-        self.times: dict[tuple[Bounds, str], float] = {}
+        self.fastest: dict[tuple[Bounds, str], Run] = {}
         self.arms: dict[tuple[Bounds, str], _Arm] = {}
+        self.starts: dict[tuple[Bounds, str], Params | None] = {}
         self.count = 0
         self.course: list[tuple[int, float]] = []
         self.scheme = Scheme.unfused(self.names)
@@ -136,8 +140,9 @@ class _Search:
         try:
             start = self.analytical()
             self.explore([start])
-            if self.cost(start) < math.inf:
+            if self.cost(start) < self.cost(self.scheme):
                 self.scheme = start
+                self.note()
             self.move_borders()
             while self.sample_parameters():
                 before = self.scheme
@@ -177,6 +182,12 @@ class _Search:
 
     def start(self, bounds: Bounds, name: str) -> Params | None:
         """Parameters that nobody tuned, or None where the template has none that fit."""
+        place = bounds, name
+        if place not in self.starts:
+            self.starts[place] = self.make_start(bounds, name)
+        return self.starts[place]
+
+    def make_start(self, bounds: Bounds, name: str) -> Params | None:
         template, part = TEMPLATES[name], self.sample.part(bounds)
         params = self.measurer.first(name, self.sample.about(bounds)) if template.module else None
         try:
@@ -187,20 +198,23 @@ class _Search:
             return None
         return {name: params[name] for name in template.space}
 
-    def measure(self, bounds: Bounds, name: str, params: Params) -> float:
+    def measure(self, bounds: Bounds, name: str, params: Params) -> None:
         """The time of a candidate, which becomes its segment's best if it is."""
         key = self.sample.key(bounds, name, params)
         self.count += key not in self.measurer.times
         taken = self.measurer.time_us(key, lambda: self.sample.calls(bounds, name, params))
-        here = bounds, name
-        self.times[here] = min(taken, self.times.get(here, math.inf))
-        if bounds not in self.best or taken < self.best[bounds].time_us:
-            self.best[bounds] = Run(name, params, taken)
-        now = min(self.cost(self.scheme), self.course[-1][1] if self.course else math.inf)
-        if now < math.inf and (not self.course or now < self.course[-1][1]):
+        run = Run(name, params, taken)
+        for known, here in ((self.fastest, (bounds, name)), (self.best, bounds)):
+            if here not in known or taken < known[here].time_us:
+                known[here] = run
+        self.note()
+
+    def note(self) -> None:
+        """Write down the layer's time where it fell."""
+        now = self.cost(self.scheme)
+        if now < (self.course[-1][1] if self.course else math.inf):
             self.course.append((self.count, now))
-        self.progress(self.count, now)
-        return taken
+        self.progress(self.count, min(now, self.course[-1][1] if self.course else now))
 
     def measure_all(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
         """Measure as many as there is time for, compiling several at once."""
@@ -220,7 +234,7 @@ class _Search:
             (each, name, params)
             for each in bounds
             for name in self.templates(each)
-            if (each, name) not in self.times and (params := self.start(each, name)) is not None
+            if (each, name) not in self.fastest and (params := self.start(each, name)) is not None
         )
 
     # Stage 1
@@ -242,70 +256,92 @@ class _Search:
     def computable(self, bounds: Bounds) -> bool:
         return any(self.start(bounds, name) is not None for name in self.templates(bounds))
 
+    def moves(self) -> dict[Scheme, None]:
+        """Schemes that one move makes of the current one."""
+        return dict.fromkeys(
+            scheme
+            for move in (Scheme.expand, Scheme.seize, Scheme.compete, Scheme.split)
+            for scheme in move(self.scheme)
+            if all(map(self.computable, scheme.bounds))
+        )
+
     def move_borders(self) -> None:
         """Stage 1: take the best move as long as one helps.
 
         When time is over, of those whose segments are measured.
         """
-        while True:
-            moves = dict.fromkeys(
-                scheme
-                for move in (Scheme.expand, Scheme.seize, Scheme.compete, Scheme.split)
-                for scheme in move(self.scheme)
-                if all(map(self.computable, scheme.bounds))
-            )
-            if not moves:
-                return
+        while moves := self.moves():
             self.explore(moves)
             best = min(moves, key=self.cost)
             if self.cost(best) >= self.cost(self.scheme) * (1 - NOISE / 10):
                 return
             self.scheme = best
+            self.note()
 
     # Stage 2
 
     def sample_parameters(self) -> bool:
         """Stage 2: sample while it is expected to pay; whether anything was measured."""
         before = self.count
-        arms = list(self.open_arms())
-        while arms and not self.over():
-            layer = self.cost(self.scheme)
-            worth = [arm.hope * self.best[arm.bounds].time_us / layer for arm in arms]
-            if max(worth) < NOISE / 5:
+        while not self.over():
+            worth = self.worth()
+            if max(worth.values(), default=0.0) < NOISE / 5 * self.cost(self.scheme):
                 break
-            drawn = self.random.choices(arms, worth, k=_BATCH)
-            batch = [(arm, params) for arm in drawn if (params := self.draw(arm)) is not None]
-            arms = [arm for arm in arms if arm.hope > 0]
-            self.measure_batch(batch)
+            arms = [self.arms[place] for place in worth]
+            drawn = self.random.choices(arms, list(worth.values()), k=_BATCH)
+            self.measure_batch([
+                (arm, params) for arm in drawn if (params := self.draw(arm)) is not None
+            ])  # fmt: skip
         return self.count > before
 
-    def open_arms(self) -> Iterator[_Arm]:
-        """Templates with parameters of the scheme's segments, unless far behind the best."""
-        for bounds in self.scheme.bounds:
-            for name in self.templates(bounds):
-                space = TEMPLATES[name].space
-                taken = self.times.get((bounds, name), math.inf)
-                if not space or taken > 1.5 * self.best[bounds].time_us:
-                    continue
-                if (bounds, name) not in self.arms:
-                    weights = {key: dict.fromkeys(values, 1.0) for key, values in space.items()}
-                    self.arms[bounds, name] = _Arm(bounds, name, weights)
-                yield self.arms[bounds, name]
+    def worth(self) -> dict[tuple[Bounds, str], float]:
+        """What the next sample of a template is expected to gain, in microseconds.
+
+        Templates that lag behind, of the scheme's segments or of those that one move makes, have to
+        make that up first.
+        """
+        now, worth = self.cost(self.scheme), {}
+        for scheme in (self.scheme, *self.moves()):
+            behind = max(0.0, self.cost(scheme) - now)
+            if behind > _HOPE * now:
+                continue
+            for bounds in scheme.bounds:
+                for name in self.templates(bounds):
+                    arm = self.arm(bounds, name)
+                    if arm is None:
+                        continue
+                    lag = arm.time_us - self.best[bounds].time_us
+                    gain = arm.hope * arm.time_us - lag - behind
+                    if gain > 0:
+                        place = bounds, name
+                        worth[place] = max(gain, worth.get(place, 0.0))
+        return worth
+
+    def arm(self, bounds: Bounds, name: str) -> _Arm | None:
+        """What stage 2 knows of a template for a segment; None where it has nothing to sample."""
+        place, space = (bounds, name), TEMPLATES[name].space
+        run = self.fastest.get(place)
+        if not space or run is None or run.time_us == math.inf:
+            return None
+        if place not in self.arms:
+            weights = {key: dict.fromkeys(values, 1.0) for key, values in space.items()}
+            self.arms[place] = _Arm(bounds, name, weights, run.params, run.time_us)
+        return self.arms[place]
 
     def draw(self, arm: _Arm) -> Params | None:
         """Parameters that fit and were not tried; None, and no more hope, where none turn up."""
         template, part = TEMPLATES[arm.template], self.sample.part(arm.bounds)
-        best = self.best[arm.bounds]
-        known = best.params if best.template == arm.template else None
         for _ in range(100):
             params = {
                 name: self.random.choices(list(values), list(values.values()))[0]
                 for name, values in arm.weights.items()
             }
-            if known is not None and self.random.random() < 0.5:
-                # Near the best one: one or two parameters differ.
+            if self.random.random() < 0.5:
+                # Near the best ones: one or two parameters differ.
                 changed = self.random.sample(sorted(params), min(2, len(params)))
-                params = {name: (params if name in changed else known)[name] for name in params}
+                params = {
+                    name: (params if name in changed else arm.params)[name] for name in params
+                }
             drawn = tuple(params.values())
             if drawn not in arm.tried and self.sensible(params) and template.allows(
                 params, part, self.measurer.shared_memory
@@ -320,20 +356,20 @@ class _Search:
         return params.get("block_m", 0) <= max(16, 2 * self.sample.rows)
 
     def measure_batch(self, batch: list[tuple[_Arm, Params]]) -> None:
-        before = {id(arm): self.best[arm.bounds].time_us for arm, _ in batch}
+        """Measure, and learn which parameters do well, and where sampling pays."""
         self.measure_all((arm.bounds, arm.template, params) for arm, params in batch)
         for arm, params in batch:
             key = self.sample.key(arm.bounds, arm.template, params)
             taken = self.measurer.times.get(key)
             if taken is None:  # time was over
                 continue
-            fastest = self.times[arm.bounds, arm.template]
-            reward = (fastest / taken) ** 4 if taken < math.inf else 0.0
+            reward = (arm.time_us / max(taken, arm.time_us)) ** 4
             for name, value in params.items():
                 arm.weights[name][value] = 0.8 * arm.weights[name][value] + reward
-            gain = max(0.0, 1 - taken / before[id(arm)])
+            gain = max(0.0, 1 - taken / arm.time_us)
             arm.hope = _PATIENCE * arm.hope + (1 - _PATIENCE) * gain
-            before[id(arm)] = min(before[id(arm)], taken)
+            if taken < arm.time_us:
+                arm.params, arm.time_us = params, taken
 
 
 def _columns(sample: Sample) -> Iterator[int]:

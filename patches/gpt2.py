@@ -2,6 +2,7 @@
 
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
+from stof_hf.errors import UnsupportedError
 from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (GPT2Block,)
@@ -9,6 +10,8 @@ LAYERS = (GPT2Block,)
 
 def layer(module: GPT2Block) -> Layer:
     own, mlp = module.attn, module.mlp
+    if own.reorder_and_upcast_attn:
+        raise UnsupportedError("it computes scores in float32 (reorder_and_upcast_attn)")
     heads, size = own.num_heads, own.head_dim
     return Layer(
         (

@@ -290,6 +290,48 @@ def test_autocast_runs_the_layers_own_code(model, inputs):
         assert runs_fused(model, inputs) is False
 
 
+def test_tracing_and_compiling_see_the_layers_own_code(model, inputs):
+    want = first(model, inputs)
+    install(find(model))
+    model.set_attn_implementation("sdpa")
+    compiled = torch.compile(model, backend="eager")
+    assert runs_fused(compiled, inputs) is False
+    torch.testing.assert_close(first(compiled, inputs), want)
+    model.requires_grad_(False)
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda ids: model(ids, use_cache=False)[0], inputs["input_ids"])
+    again = torch.randint(3, 97, (2, 50))
+    torch.testing.assert_close(traced(again), first(model, {"input_ids": again}))
+
+
+def test_replicas_run_their_own_code(model, inputs):
+    install(find(model))
+    want = first(model, inputs)
+    found = find(model)[0]
+    replica = found.module._replicate_for_data_parallel()
+    replica._modules = copy.deepcopy(dict(found.module._modules))
+    with torch.no_grad():
+        for parameter in nn.ModuleDict(replica._modules).parameters():
+            parameter.zero_()
+    assert vars(replica)["_stof_fused"].run(replica, None, torch.zeros(1, 2, 64), None) is None
+    assert runs_fused(model, inputs, want) is True
+
+
+def test_loaded_weights_can_be_packed(model, inputs, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation="stof").eval()
+    assert len(install(find(loaded))) == 2
+    assert runs_fused(loaded, inputs, first(model, inputs)) is True
+
+
+def test_a_patch_may_decline():
+    model = build("gpt2")
+    model.config.reorder_and_upcast_attn = True
+    for block in model.transformer.h:
+        block.attn.reorder_and_upcast_attn = True
+    assert all("float32" in found.reason for found in find(model))
+
+
 def test_inference_mode(model, inputs):
     want = first(model, inputs)
     install(find(model))

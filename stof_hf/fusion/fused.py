@@ -137,6 +137,7 @@ def runs_on(device: torch.device) -> bool:
 class _Made(NamedTuple):
     """A layer's modules as operators, and what holds as long as they are what they are."""
 
+    module: nn.Module
     guard: Guard
     layer: Layer
     weights: Weights
@@ -172,6 +173,9 @@ class Fused:
     ) -> torch.Tensor | None:
         """The layer's result [B, S, N], or None where its own code has to run."""
         made = self._made
+        if made is not None and made.module is not module:
+            # A replica, such as DataParallel makes, has weights of its own.
+            return None
         if made is None or not made.guard.holds():
             made = self._remake(module, make)
         if made is None or made.config._attn_implementation not in IMPLEMENTATIONS:
@@ -208,7 +212,7 @@ class Fused:
             weights = Weights.of(layer)
             attention = next(op.attention for op in layer.operators if op.name == "attention")
             # What packing moved is where the guard expects it.
-            self._made = _Made(Guard(module), layer, weights, attention.module.config)
+            self._made = _Made(module, Guard(module), layer, weights, attention.module.config)
             return self._made
         with contextlib.suppress(RuntimeError):  # tensors that lie nowhere
             self._refused = Guard(module)

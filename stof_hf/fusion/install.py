@@ -112,32 +112,40 @@ class _Replaced:
     """Stands in front of a layer's class."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        cls = type(self)
+        # Nothing else is traced: graphs are made of the layer's own code.
+        if not torch.compiler.is_compiling() and not self.training and _may_fuse(hidden_states):
+            out = self._fused(hidden_states, args, kwargs)
+            if out is not None:
+                return out
+        return type(self).replaced.forward(self, hidden_states, *args, **kwargs)
+
+    def _fused(
+        self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        cls, fused = type(self), self.__dict__.get("_stof_fused")
         if args:
-            kwargs |= zip(_positional(cls), args, strict=False)
-        fused = self.__dict__.get("_stof_fused")
-        if not (
-            fused is None or self.training or torch.is_grad_enabled()
-            or torch.compiler.is_compiling() or torch.is_autocast_enabled(hidden_states.device.type)
-            or _records_more()
-        ):  # fmt: skip
-            context = context_of(kwargs)
-            if context is not None:
-                out = fused.run(self, _patches()[cls.replaced], hidden_states, context)
-                if out is not None:
-                    return out
-        return cls.replaced.forward(self, hidden_states, **kwargs)
+            kwargs = kwargs | dict(zip(_positional(cls), args, strict=False))
+        context = context_of(kwargs)
+        if fused is None or context is None:
+            return None
+        return fused.run(self, _patches()[cls.replaced], hidden_states, context)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Classes made at run time have no name to be found by.
         return _again, (type(self).replaced, self.__getstate__())
 
 
-def _records_more() -> bool:
-    """Whether Transformers records what modules inside of layers return, such as attentions."""
+def _may_fuse(hidden_states: torch.Tensor) -> bool:
+    """Whether nobody needs gradients, casts, graphs, or what modules inside of layers return."""
+    if (
+        torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type)
+        or torch.jit.is_tracing()
+    ):  # fmt: skip
+        return False
+    # What Transformers records, attentions for instance.
     collected = _active_collector.get()
-    return collected is not None and any(
-        name != "hidden_states" and not name.startswith("_") for name in collected
+    return collected is None or all(
+        name == "hidden_states" or name.startswith("_") for name in collected
     )
 
 

@@ -78,7 +78,7 @@ def test_a_repeated_call_puts_in_new_addresses(kernel, template):
     ids=["dtype", "strides", "shape", "address"],
 )
 def test_other_layouts_are_bound_anew(kernel, template, other):
-    call = Prepared(template)
+    call = Prepared(template, checked=1)
     call(aligned(8, 16))
     call(other())
     assert kernel.bound == 2 and not kernel.repeated

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import StofWarning, UnsupportedError
 from .guard import Guard, layer_of, refusal
-from .layer import Context, Layer
+from .layer import Context, Layer, implementation
 from .layer_ops import SEGMENTS, Scheme
 from .packing import pack
 from .parts import part_of
@@ -178,7 +178,7 @@ class Fused:
             return None
         if made is None or not made.guard.holds():
             made = self._remake(module, make)
-        if made is None or made.config._attn_implementation not in IMPLEMENTATIONS:
+        if made is None or implementation(made.config) not in IMPLEMENTATIONS:
             return None
         key = hidden.shape, hidden.dtype, hidden.device
         steps = self._plans.get(key, _UNKNOWN)
@@ -237,10 +237,13 @@ class Fused:
 
 
 def _through(steps: list[Step], hidden: torch.Tensor, context: Context) -> torch.Tensor:
-    rows = residual = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+    shape = hidden.shape
+    rows = residual = (hidden if hidden.is_contiguous() else hidden.contiguous()).view(
+        -1, shape[-1]
+    )
     for step in steps:
         rows, residual = step(rows, residual, context)
-    return rows.view(hidden.shape)
+    return rows.view(shape)
 
 
 def _capturing() -> bool:

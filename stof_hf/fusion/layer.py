@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Attention", "Context", "Layer", "Operator", "Rows", "product"]
+__all__ = ["Attention", "Context", "Layer", "Operator", "Rows", "implementation", "product"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,15 @@ def packed_bias(modules: tuple[nn.Module, ...]) -> torch.Tensor:
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
+def implementation(config: Any) -> str:
+    """The attention function that a model is set to now.
+
+    Configurations take microseconds to look an attribute up, so this looks where it is kept.
+    """
+    kept = vars(config).get("_attn_implementation_internal")
+    return kept or config._attn_implementation
+
+
 def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:
     """q [B, H, S, D], k and v [B, Hkv, S, D] as views of packed rows."""
     heads = rows.unflatten(-1, (to.heads + 2 * to.kv_heads, to.head_dim)).transpose(1, 2)
@@ -150,6 +159,6 @@ def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
     if context.cache is not None:
         k, v = context.cache.update(k, v, to.module.layer_idx)
     eager = getattr(sys.modules[type(to.module).__module__], "eager_attention_forward", None)
-    function = ALL_ATTENTION_FUNCTIONS.get(to.module.config._attn_implementation, eager)
+    function = ALL_ATTENTION_FUNCTIONS.get(implementation(to.module.config), eager)
     out, _ = function(to.module, q, k, v, context.mask, dropout=0.0, scaling=to.scaling)
     return out.reshape(*rows.shape[:2], -1)

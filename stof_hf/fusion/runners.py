@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .layer import Context, rotate, split
+from .layer import Context, implementation, rotate, split
 from .parts import Part
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
@@ -97,7 +97,8 @@ def _qkv(part: Part, params: Params, shape: Shape) -> Step:
         lambda rows, cos, sin: qkv(
             rows, weight, bias, heads=to.heads, kv_heads=to.kv_heads, cos=cos, sin=sin,
             params=params,
-        )
+        ),
+        checked=2,
     )  # fmt: skip
 
     def step(rows, residual, context):
@@ -113,7 +114,7 @@ def _rotary(part: Part, params: Params, shape: Shape) -> Step:
     to = part.attention
     heads = to.heads, to.kv_heads, to.kv_heads
     view = (*shape, sum(heads), to.head_dim)
-    call = _prepared(lambda q, k, cos, sin: rotary(q, k, cos, sin, params=params))
+    call = _prepared(lambda q, k, cos, sin: rotary(q, k, cos, sin, params=params), checked=2)
 
     def step(rows, residual, context):
         q, k, _ = rows.view(view).split(heads, 2)
@@ -161,10 +162,11 @@ def _normed(part: Part, function: Callable, params: Params) -> Step:
     return step
 
 
-def _prepared(function: Callable[..., Any]) -> Callable[..., Any]:
+def _prepared(function: Callable[..., Any], checked: int = 0) -> Callable[..., Any]:
     from .templates.launch import Prepared
 
-    return Prepared(function)
+    # Rows of a plan have one layout.
+    return Prepared(function, checked)
 
 
 def _attention(part: Part, params: Params, shape: Shape) -> Step:
@@ -172,15 +174,16 @@ def _attention(part: Part, params: Params, shape: Shape) -> Step:
 
     to = part.attention
     module, scaling, rows_of = to.module, to.scaling, (math.prod(shape), to.heads * to.head_dim)
+    config = module.config
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
     def step(rows, residual, context):
         q, k, v = split(rows.view(*shape, -1), to)
         if context.cache is not None:
             k, v = context.cache.update(k, v, module.layer_idx)
-        function = ALL_ATTENTION_FUNCTIONS.get(module.config._attn_implementation, eager)
+        function = ALL_ATTENTION_FUNCTIONS.get(implementation(config), eager)
         out, _ = function(module, q, k, v, context.mask, dropout=0.0, scaling=scaling)
-        return out.reshape(rows_of), residual
+        return out.reshape(rows_of).contiguous(), residual
 
     return step
 

@@ -36,14 +36,17 @@ class Prepared:
     Args:
         function: takes tensors, launches one kernel, and returns what that wrote: one tensor or
             several, or None where it works in place.
+        checked: how many of the last tensors may change their layout after all, which makes the
+            call anew.
     """
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self._layouts: Any = None
+    def __init__(self, function: Callable[..., Any], checked: int = 0):
+        self.function, self.checked = function, checked
+        self._run: Callable[..., Any] | None = None
+        self._layouts: list[Any] = []
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        if self._layouts == [(x.shape, x.stride(), x.dtype) for x in inputs]:
+        if self._run is not None and self._layouts == self._layouts_of(inputs):
             pointers = [x.data_ptr() for x in inputs]
             union = 0
             for pointer in pointers:
@@ -60,9 +63,13 @@ class Prepared:
         self._keep(launches, inputs, result)
         return result
 
+    def _layouts_of(self, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
+        checked = inputs[-self.checked :] if self.checked else ()
+        return [(x.shape, x.stride(), x.dtype) for x in checked]
+
     def _keep(self, launches: list[Any], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
         """Note where inputs and results stand among the kernel's arguments."""
-        self._layouts = None
+        self._run = None
         if len(launches) != 1:
             return
         compiled, grid, args = launches[0]
@@ -79,7 +86,7 @@ class Prepared:
         self._sizes = [x.shape for x in outputs]
         self._single = not isinstance(result, tuple)
         self._run = compiled[(*grid, 1, 1)[:3]]
-        self._layouts = [(x.shape, x.stride(), x.dtype) for x in inputs]
+        self._layouts = self._layouts_of(inputs)
 
     def _repeat(self, like: torch.Tensor, pointers: list[int]) -> Any:
         outputs = [like.new_empty(size) for size in self._sizes]

@@ -7,40 +7,51 @@ from typing import Any
 import torch
 import transformers
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}  # fmt: skip
-GQA = SIZES | {"num_key_value_heads": 2}
+
+def sizes(width: int) -> dict[str, int]:
+    """Of a configuration with two layers of four heads."""
+    return {
+        "vocab_size": 97, "hidden_size": width, "intermediate_size": width * 3 // 2,
+        "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+
+
+def _gqa(width: int) -> dict[str, int]:
+    return sizes(width) | {"num_key_value_heads": 2}
+
+
 MODELS = {
-    "bert": lambda: transformers.BertModel(transformers.BertConfig(**SIZES)),
-    "roberta": lambda: transformers.RobertaModel(transformers.RobertaConfig(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(
+    "bert": lambda width: transformers.BertModel(transformers.BertConfig(**sizes(width))),
+    "roberta": lambda width: transformers.RobertaModel(transformers.RobertaConfig(**sizes(width))),
+    "gpt2": lambda width: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
+            vocab_size=97, n_embd=width, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2
         )
     ),
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GQA)),
-    "llama with biases": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**GQA, attention_bias=True, mlp_bias=True)
+    "llama": lambda width: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_gqa(width))),
+    "llama with biases": lambda width: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**_gqa(width), attention_bias=True, mlp_bias=True)
     ),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GQA)),
-    "modernbert": lambda: transformers.ModernBertModel(
-        transformers.ModernBertConfig(**SIZES, pad_token_id=0, local_attention=16)
+    "mistral": lambda width: transformers.MistralForCausalLM(
+        transformers.MistralConfig(**_gqa(width))
     ),
-    "vit": lambda: transformers.ViTModel(
+    "modernbert": lambda width: transformers.ModernBertModel(
+        transformers.ModernBertConfig(**sizes(width), pad_token_id=0, local_attention=16)
+    ),
+    "vit": lambda width: transformers.ViTModel(
         transformers.ViTConfig(
-            **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=28, patch_size=4
+            **{k: v for k, v in sizes(width).items() if k != "vocab_size"},
+            image_size=28, patch_size=4,
         )
     ),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GQA)),
-}
+    "qwen2": lambda width: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_gqa(width))),
+}  # fmt: skip
 
 
-def build(name: str, implementation: str = "stof") -> Any:
+def build(name: str, implementation: str = "stof", width: int = 64) -> Any:
     """A model of random weights, its biases included, in evaluation mode."""
     torch.manual_seed(0)
-    made = MODELS[name]().eval()
+    made = MODELS[name](width).eval()
     made.set_attn_implementation(implementation)
     with torch.no_grad():
         for name, parameter in made.named_parameters():

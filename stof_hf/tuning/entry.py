@@ -55,7 +55,7 @@ class Entry:
         name: what a list shows for the model, such as "bert-base-uncased".
         layers: layer kind -> how layers of that kind are computed.
         batch_size, seq_len: what was measured, not the buckets.
-        time_us, baseline_us: the model's call with and without it, in microseconds.
+        time_us, baseline_us: all layers of a call with and without it, in microseconds.
         measured: when; now unless given.
 
     Raises TypeError and ValueError for fields of other types and times that are not positive.

@@ -1,11 +1,12 @@
-"""BERT and RoBERTa: post-norm encoder layers with biases."""
+"""BERT, RoBERTa and ELECTRA: post-norm encoder layers with biases."""
 
 from transformers.models.bert.modeling_bert import BertLayer
+from transformers.models.electra.modeling_electra import ElectraLayer
 from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
-LAYERS = (BertLayer, RobertaLayer)
+LAYERS = (BertLayer, RobertaLayer, ElectraLayer)
 
 
 def layer(module: BertLayer) -> Layer:

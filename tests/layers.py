@@ -23,6 +23,14 @@ def _gqa(width: int) -> dict[str, int]:
 MODELS = {
     "bert": lambda width: transformers.BertModel(transformers.BertConfig(**sizes(width))),
     "roberta": lambda width: transformers.RobertaModel(transformers.RobertaConfig(**sizes(width))),
+    "electra": lambda width: transformers.ElectraModel(
+        transformers.ElectraConfig(**sizes(width), embedding_size=32)
+    ),
+    "distilbert": lambda width: transformers.DistilBertModel(
+        transformers.DistilBertConfig(
+            vocab_size=97, dim=width, hidden_dim=width * 3 // 2, n_layers=2, n_heads=4
+        )
+    ),
     "gpt2": lambda width: transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=97, n_embd=width, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2

@@ -168,6 +168,10 @@ class Fused:
         near = min(self.choices, key=lambda tuned: abs(math.log2(tuned / rows)))
         return self.choices[near]
 
+    def prepare(self, module: nn.Module, make: Any) -> None:
+        """Pack weights now, rather than in the first call."""
+        self._remake(module, make)
+
     def run(
         self, module: nn.Module, make: Any, hidden: torch.Tensor, context: Context
     ) -> torch.Tensor | None:

@@ -29,11 +29,10 @@ from .parts import kind
 __all__ = ["Found", "context_of", "find", "install", "patch_of", "restore"]
 
 #: Modules of stof_hf.patches.
-FAMILIES = ("bert", "gpt2", "llama", "modernbert", "vit")
+FAMILIES = ("bert", "distilbert", "gpt2", "llama", "modernbert", "vit")
 #: What a layer may be called with and still be computed by its operators, by the names that
 #: Transformers' layers use; anything else that is given runs the layer's own code.
-_KNOWN = {"attention_mask": "mask", "past_key_values": "cache"}
-_ROTARY = "position_embeddings"
+_MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"
 _IGNORED = frozenset(("position_ids", "use_cache", "cache_position", "output_attentions"))
 
 
@@ -101,8 +100,11 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
             continue
         if name == _ROTARY:
             context.position_embeddings = value
-        elif name in _KNOWN:
-            setattr(context, _KNOWN[name], value)
+        elif name == _CACHE:
+            # Decoders with cross-attention have two in one.
+            context.cache = getattr(value, "self_attention_cache", value)
+        elif name == _MASK:
+            context.mask = value
         else:
             return None
     return context
@@ -195,6 +197,7 @@ def install(
         module.__dict__["_stof_fused"] = Fused(given, found.dtype)
         if not isinstance(module, _Replaced):
             module.__class__ = _subclass(type(module))
+        module.__dict__["_stof_fused"].prepare(module, patch_of(module))
         names.append(found.name)
     return names
 

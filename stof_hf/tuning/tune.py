@@ -53,8 +53,8 @@ def tune(
     is checked against the layer's own code, and used only where it measured faster.
 
     Args:
-        model: a Transformers model (BERT, RoBERTa, GPT-2, LLaMA, Mistral, Qwen2, ModernBERT, ViT),
-            on the device and in the dtype in which it will run.
+        model: a Transformers model (BERT, RoBERTa, ELECTRA, DistilBERT, GPT-2, LLaMA, Mistral,
+            Qwen2, ModernBERT, ViT), on the device and in the dtype in which it will run.
         example_inputs: what the model is called with, instead of random inputs of a shape.
         batch_size, seq_len: of random inputs; by default 1, and as many tokens as the model takes,
             but at most 512. In decoding, seq_len counts the keys.

@@ -1,0 +1,24 @@
+"""DistilBERT: post-norm encoder layers with biases."""
+
+from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+
+from stof_hf.fusion.layer import Attention, Layer, Operator, product
+
+LAYERS = (TransformerBlock,)
+
+
+def layer(module: TransformerBlock) -> Layer:
+    own, ffn = module.attention, module.ffn
+    heads = own.n_heads
+    to = Attention(own, heads, heads, own.attention_head_size, own.scaling)
+    return Layer(
+        (
+            *product(own.q_lin, own.k_lin, own.v_lin), Operator("attention", attention=to),
+            *product(own.out_lin), Operator("residual"),
+            Operator("norm", (module.sa_layer_norm,)),
+            *product(ffn.lin1), Operator("act", function=ffn.activation),
+            *product(ffn.lin2), Operator("residual"),
+            Operator("norm", (module.output_layer_norm,)),
+        ),
+        norm_first=False,
+    )  # fmt: skip

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from layers import MODELS, build, first, inputs_of
+from layers import build, first, inputs_of
 
 import stof_hf
 from stof_hf.errors import StofError, StofWarning, UnsupportedError
 from stof_hf.fusion.install import find, replaced
 from stof_hf.fusion.layer_ops import SEGMENTS, schemes
-from stof_hf.tuning import cache, measure, search, tune
+from stof_hf.tuning import cache, measure, search
 from stof_hf.tuning.measure import Recorded, replaying
 
 NAMES = ["bert", "llama", "gpt2", "vit", "modernbert"]
@@ -85,7 +85,9 @@ def test_nothing_is_measured_twice(invented):
     model = build("bert")
     first_report = stof_hf.tune(model, seq_len=32, budget_s=20, progress=False)
     assert first_report.measurements == len(invented.times) > 40
-    assert stof_hf.tune(model, seq_len=32, budget_s=20, progress=False).measurements == 0
+    again = stof_hf.tune(model, seq_len=32, budget_s=20, progress=False)
+    assert again.measurements == 0
+    assert again.layers[0].segments == first_report.layers[0].segments
 
 
 def test_a_recording_gives_the_same_result():
@@ -114,7 +116,7 @@ def sample(invented):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_search_is_near_the_best_there_is(sample, invented, seed):
     """Borders: of all schemes with the parameters that were measured, the best is found."""
-    made = search._Search(sample, invented, 60, seed, lambda *_: None)
+    made = search.Search(sample, invented, 60, seed, lambda *_: None)
     result = made.run()
     assert result.time_us == pytest.approx(made.cost(result.scheme))
     made.explore(schemes(sample.layer.names))
@@ -145,7 +147,7 @@ def test_sampling_beats_chance(sample):
         ours.append(min(run.time_us for run in result.runs if run.template == "gemm"))
         arms = [key for key in measurer.times if key.startswith("gemm(")]
         measurer = Recorded(Smooth())
-        made = search._Search(sample, measurer, 60, seed, lambda *_: None)
+        made = search.Search(sample, measurer, 60, seed, lambda *_: None)
         spaces = {key.split(")")[1] for key in arms}
         space = search.TEMPLATES["gemm"].space
         count = len(arms) // len(spaces)
@@ -269,12 +271,12 @@ def test_the_model_stays_in_training_mode():
 
 def test_apply_false_changes_nothing(invented):
     model = build("llama")
-    before = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
     report = stof_hf.tune(model, seq_len=16, budget_s=5, apply=False, progress=False)
     assert report.installed == 0 and not list(replaced(model))
-    assert len(before) == len({p.untyped_storage().data_ptr() for p in model.parameters()}) + (
-        len(before) - len(set(before))
-    )
+    after = [parameter.untyped_storage().nbytes() for parameter in model.parameters()]
+    assert after == [parameter.nbytes for parameter in model.parameters()]
+    places = [child.weight.data_ptr() for child in model.modules() if hasattr(child, "weight")]
+    assert len(places) == len(set(places))
     assert stof_hf.apply_tuned(model).installed == 2
 
 
@@ -343,7 +345,3 @@ def test_two_processes(tmp_path):
     assert sorted(e["key"]["seq_len"] for e in json.loads(file.read_text())["entries"]) == [16, 48]
     third = start("report = stof_hf.apply_tuned(model, strict=True)")
     assert third.communicate()[0].split()[1] == "0" and third.returncode == 0
-
-
-def test_every_family_is_tuned_here():
-    assert set(NAMES) <= set(MODELS) and callable(tune.tune)

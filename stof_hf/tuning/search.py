@@ -12,7 +12,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -22,19 +22,11 @@ from ..fusion.layer_ops import SEGMENTS, Scheme, schemes
 from ..fusion.runners import TEMPLATES, Params
 from .measure import Measurer
 from .sample import Sample
+from .sampling import BATCH, NOISE, Sampler
 
 __all__ = ["Result", "Run", "search"]
 
 Bounds = tuple[int, int]
-
-#: Relative differences below this are noise.
-NOISE = 0.005
-#: What a first sample of a template's parameters is expected to gain, relative to its time.
-_HOPE = 0.15
-#: How much of that expectation is left after a sample that gained nothing.
-_PATIENCE = 0.75
-#: Candidates that are compiled together.
-_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -72,25 +64,6 @@ class Result:
         return Choice(self.scheme.bits, tuple((run.template, run.params) for run in self.runs))
 
 
-@dataclass
-class _Arm:
-    """A template for a segment, whose parameters stage 2 samples.
-
-    Args:
-        weights: parameter -> value -> how well samples with it did.
-        params: the best so far, and time_us, their time.
-        hope: expected gain of the next sample, relative to that time.
-    """
-
-    bounds: Bounds
-    template: str
-    weights: dict[str, dict[int, float]]
-    params: Params
-    time_us: float
-    hope: float = _HOPE
-    tried: set[tuple[int, ...]] = field(default_factory=set)
-
-
 def search(
     sample: Sample,
     measurer: Measurer,
@@ -109,10 +82,12 @@ def search(
         seed: of what stage 2 draws.
         progress: called with the number of measurements and the layer's time, whenever one is done.
     """
-    return _Search(sample, measurer, budget_s, seed, progress).run()
+    return Search(sample, measurer, budget_s, seed, progress).run()
 
 
-class _Search:
+class Search:
+    """A search for layers of a kind: what is measured, and stage 1."""
+
     def __init__(
         self, sample: Sample, measurer: Measurer, budget_s: float, seed: int,
         progress: Callable[[int, float], None],
@@ -123,7 +98,6 @@ class _Search:
         self.names = sample.layer.names
         self.best: dict[Bounds, Run] = {}
         self.fastest: dict[tuple[Bounds, str], Run] = {}
-        self.arms: dict[tuple[Bounds, str], _Arm] = {}
         self.starts: dict[tuple[Bounds, str], Params | None] = {}
         self.count = 0
         self.course: list[tuple[int, float]] = []
@@ -144,7 +118,8 @@ class _Search:
                 self.scheme = start
                 self.note()
             self.move_borders()
-            while self.sample_parameters():
+            sampler = Sampler(self)
+            while sampler.run():
                 before = self.scheme
                 self.move_borders()
                 if self.scheme == before:
@@ -169,8 +144,6 @@ class _Search:
 
     def over(self) -> bool:
         return time.monotonic() >= self.deadline
-
-    # Measuring
 
     def templates(self, bounds: Bounds) -> Iterator[str]:
         """What can compute a segment here."""
@@ -220,7 +193,7 @@ class _Search:
         """Measure as many as there is time for, compiling several at once."""
         rest = list(candidates)
         while rest and not self.over():
-            batch, rest = rest[:_BATCH], rest[_BATCH:]
+            batch, rest = rest[:BATCH], rest[BATCH:]
             self.measurer.prepare({
                 self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in batch
             })  # fmt: skip
@@ -236,8 +209,6 @@ class _Search:
             for name in self.templates(each)
             if (each, name) not in self.fastest and (params := self.start(each, name)) is not None
         )
-
-    # Stage 1
 
     def analytical(self) -> Scheme:
         """The scheme between whose segments the fewest bytes go through memory.
@@ -277,99 +248,6 @@ class _Search:
                 return
             self.scheme = best
             self.note()
-
-    # Stage 2
-
-    def sample_parameters(self) -> bool:
-        """Stage 2: sample while it is expected to pay; whether anything was measured."""
-        before = self.count
-        while not self.over():
-            worth = self.worth()
-            if max(worth.values(), default=0.0) < NOISE / 5 * self.cost(self.scheme):
-                break
-            arms = [self.arms[place] for place in worth]
-            drawn = self.random.choices(arms, list(worth.values()), k=_BATCH)
-            self.measure_batch([
-                (arm, params) for arm in drawn if (params := self.draw(arm)) is not None
-            ])  # fmt: skip
-        return self.count > before
-
-    def worth(self) -> dict[tuple[Bounds, str], float]:
-        """What the next sample of a template is expected to gain, in microseconds.
-
-        Templates that lag behind, of the scheme's segments or of those that one move makes, have to
-        make that up first.
-        """
-        now, worth = self.cost(self.scheme), {}
-        for scheme in (self.scheme, *self.moves()):
-            behind = max(0.0, self.cost(scheme) - now)
-            if behind > _HOPE * now:
-                continue
-            for bounds in scheme.bounds:
-                for name in self.templates(bounds):
-                    arm = self.arm(bounds, name)
-                    if arm is None:
-                        continue
-                    lag = arm.time_us - self.best[bounds].time_us
-                    gain = arm.hope * arm.time_us - lag - behind
-                    if gain > 0:
-                        place = bounds, name
-                        worth[place] = max(gain, worth.get(place, 0.0))
-        return worth
-
-    def arm(self, bounds: Bounds, name: str) -> _Arm | None:
-        """What stage 2 knows of a template for a segment; None where it has nothing to sample."""
-        place, space = (bounds, name), TEMPLATES[name].space
-        run = self.fastest.get(place)
-        if not space or run is None or run.time_us == math.inf:
-            return None
-        if place not in self.arms:
-            weights = {key: dict.fromkeys(values, 1.0) for key, values in space.items()}
-            self.arms[place] = _Arm(bounds, name, weights, run.params, run.time_us)
-        return self.arms[place]
-
-    def draw(self, arm: _Arm) -> Params | None:
-        """Parameters that fit and were not tried; None, and no more hope, where none turn up."""
-        template, part = TEMPLATES[arm.template], self.sample.part(arm.bounds)
-        for _ in range(100):
-            params = {
-                name: self.random.choices(list(values), list(values.values()))[0]
-                for name, values in arm.weights.items()
-            }
-            if self.random.random() < 0.5:
-                # Near the best ones: one or two parameters differ.
-                changed = self.random.sample(sorted(params), min(2, len(params)))
-                params = {
-                    name: (params if name in changed else arm.params)[name] for name in params
-                }
-            drawn = tuple(params.values())
-            if drawn not in arm.tried and self.sensible(params) and template.allows(
-                params, part, self.measurer.shared_memory
-            ):  # fmt: skip
-                arm.tried.add(drawn)
-                return params
-        arm.hope = 0.0
-        return None
-
-    def sensible(self, params: Params) -> bool:
-        """No tile is more than twice as high as there are rows."""
-        return params.get("block_m", 0) <= max(16, 2 * self.sample.rows)
-
-    def measure_batch(self, batch: list[tuple[_Arm, Params]]) -> None:
-        """Measure, and learn which parameters do well, and where sampling pays."""
-        self.measure_all((arm.bounds, arm.template, params) for arm, params in batch)
-        for arm, params in batch:
-            key = self.sample.key(arm.bounds, arm.template, params)
-            taken = self.measurer.times.get(key)
-            if taken is None:  # time was over
-                continue
-            reward = (arm.time_us / max(taken, arm.time_us)) ** 4
-            for name, value in params.items():
-                arm.weights[name][value] = 0.8 * arm.weights[name][value] + reward
-            gain = max(0.0, 1 - taken / arm.time_us)
-            arm.hope = _PATIENCE * arm.hope + (1 - _PATIENCE) * gain
-            if taken < arm.time_us:
-                arm.params, arm.time_us = params, taken
 
 
 def _columns(sample: Sample) -> Iterator[int]:

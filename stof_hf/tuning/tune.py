@@ -92,6 +92,7 @@ def tune(
         [example_inputs] if example_inputs else shapes or [(batch_size, seq_len)]
     )
     choices: dict[str, dict[int, Choice | None]] = {}
+    done = False
     with _evaluating(model), torch.no_grad(), _bar(progress, budget_s) as show:
         try:
             for shape in wanted:
@@ -102,8 +103,9 @@ def tune(
                 )  # fmt: skip
                 if report.interrupted:
                     break
+            done = True
         finally:
-            if not apply:
+            if not (apply and done):
                 choices.clear()
             report.installed = len(install(alike, choices))
             _unpack(found for found in alike if "_stof_fused" not in vars(found.module))

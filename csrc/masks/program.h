@@ -93,14 +93,19 @@ class Program {
 
   // Begins a tile row of `tiles` tiles.
   void open(const TileRow& row, int32_t tiles) {
-    row_ = row;
-    changing_.clear();
-    for (Node* node : leaves_) {
-      node->leaf->open(row);
-      node->at = node->leaf->segments.data();
-      *node->state = node->at->state;
-      if (node->at->end < tiles) changing_.push_back(node);
-    }
+    begin(row, tiles, [&](Leaf& leaf) { leaf.open(row); });
+  }
+
+  // Begins a tile row of which one tile alone is asked for.
+  void open_at(const TileRow& row, int32_t tile, int32_t tiles) {
+    begin(row, tiles, [&](Leaf& leaf) { leaf.open_at(row, tile); });
+  }
+
+  // What a tile row takes, in ns.
+  double cost() const {
+    double cost = 0;
+    for (const Node* node : leaves_) cost += node->leaf->cost();
+    return cost;
   }
 
   // Calls emit(begin, end, id) for stretches of equal tiles, from `begin` to `last`, that are not known to
@@ -151,6 +156,18 @@ class Program {
     Segment* at = nullptr;
     std::vector<Known> known;  // of a leaf, the last of each hash
   };
+
+  template <typename Open>
+  void begin(const TileRow& row, int32_t tiles, Open open) {
+    row_ = row;
+    changing_.clear();
+    for (Node* node : leaves_) {
+      open(*node->leaf);
+      node->at = node->leaf->segments.data();
+      *node->state = node->at->state;
+      if (node->at->end < tiles) changing_.push_back(node);
+    }
+  }
 
   // What each node leaves empty or fills whatever the words of tiles that leaves cut.
   void settle() {

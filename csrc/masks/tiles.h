@@ -32,6 +32,11 @@ inline uint64_t fold(uint64_t a, uint64_t b) {
 // Open addressing over entries that lie elsewhere: slots hold an index, or -1.
 class Slots {
  public:
+  // entries: how many to make room for.
+  explicit Slots(int64_t entries = 0) {
+    while ((int64_t)slots_.size() < 2 * entries) grow();
+  }
+
   // The index of an entry with this hash for which same(index) holds, or -1 after `next` has been
   // put in its place.
   template <typename Same>
@@ -83,15 +88,16 @@ class TileSet {
     });
     if (found >= 0) return found;
     words_.insert(words_.end(), words, words + kTile);
+    hashes_.push_back(all);
     return size() - 1;
   }
 
   const uint64_t* operator[](int32_t i) const { return words_.data() + (int64_t)i * kTile; }
   int32_t size() const { return (int32_t)(words_.size() / kTile); }
-  const std::vector<uint64_t>& words() const { return words_; }
+  uint64_t hash(int32_t i) const { return hashes_[i]; }
 
  private:
-  std::vector<uint64_t> words_;
+  std::vector<uint64_t> words_, hashes_;
   Slots slots_;
 };
 

@@ -15,7 +15,8 @@ namespace stof {
 
 class Plan : public Result {
  public:
-  explicit Plan(const PlanRequest& p) : contents_(p), rows_(p, contents_), steps_(p, contents_) {
+  explicit Plan(const PlanRequest& p)
+      : Result(p.threads), contents_(p), rows_(p, contents_), steps_(p, contents_) {
     std::vector<int32_t> ends;
     blocks_.reserve(rows_.tiles.size());
     int32_t at = 0;

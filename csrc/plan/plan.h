@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "../masks/result.h"
 #include "../masks/tiles.h"
 
 namespace stof {
@@ -26,6 +27,7 @@ struct PlanRequest {
   int64_t tiles, paired;
   // Batch elements and heads, thread blocks that run at once, copies that should run together.
   int64_t copies, workers, together;
+  Threads threads;
   double item_cost, merge_cost;
 };
 

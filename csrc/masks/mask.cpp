@@ -132,18 +132,27 @@ class Mask : public Result {
 
   // A field of the runs of some tile rows, which count through all patterns.
   void write(int32_t Stretch::Run::*field, int32_t* to, int64_t first, int64_t last) const {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t pattern = i / tile_rows_, t = i % tile_rows_;
+    while (first < last) {
+      const int64_t pattern = first / tile_rows_, t = first % tile_rows_;
       const Stretch& x = stretch(patterns_[pattern], t);
-      const Stretch::Row& row = x.rows[t % each_];
-      const Stretch::Run* run = x.runs.data() + row.first;
+      const Stretch::Row* row = &x.rows[t % each_];
+      const Stretch::Row* end = row + std::min(last - first, (int64_t)(x.rows.data() + x.rows.size() - row));
       int32_t* out = to + row_ptr_[pattern * (tile_rows_ + 1) + t];
-      if (field == &Stretch::Run::bits)
-        for (int32_t j = 0; j < row.count; ++j) out[j] = x.number(run[j].bits);
-      else if (field == &Stretch::Run::col)
-        for (int32_t j = 0; j < row.count; ++j) out[j] = run[j].col + row.shift;
-      else
-        for (int32_t j = 0; j < row.count; ++j) out[j] = run[j].len;
+      first += end - row;
+      while (row < end) {
+        const int32_t begin = row->first, shift = row->shift;
+        int32_t until = begin;
+        // Rows whose runs follow each other are written as one.
+        do until += row->count;
+        while (++row < end && row->first == until && row->shift == shift);
+        const Stretch::Run *run = x.runs.data() + begin, *stop = x.runs.data() + until;
+        if (field == &Stretch::Run::bits)
+          for (; run < stop; ++run) *out++ = x.number(run->bits);
+        else if (field == &Stretch::Run::col)
+          for (; run < stop; ++run) *out++ = run->col + shift;
+        else
+          for (; run < stop; ++run) *out++ = run->len;
+      }
     }
   }
 

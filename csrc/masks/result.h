@@ -17,9 +17,11 @@ struct Threads {
   int64_t count, grain;
 };
 
+inline Team team_of(const Threads& x) { return {x.parallel, x.count, x.grain}; }
+
 class Result {
  public:
-  explicit Result(const Threads& x) : team_(x.parallel, x.count, x.grain) {}
+  explicit Result(const Threads& x) : team_(team_of(x)) {}
   virtual ~Result() = default;
 
   int64_t bytes() const { return bytes_; }

@@ -16,7 +16,10 @@ namespace stof {
 class Plan : public Result {
  public:
   explicit Plan(const PlanRequest& p)
-      : Result(p.threads), contents_(p), rows_(p, contents_), steps_(p, contents_) {
+      : Result(p.threads),
+        contents_(p, team_),
+        rows_(p, contents_, team_),
+        steps_(p, contents_) {
     std::vector<int32_t> ends;
     blocks_.reserve(rows_.tiles.size());
     int32_t at = 0;
@@ -40,21 +43,26 @@ class Plan : public Result {
       ends.push_back((int32_t)blocks_.size());
     }
     schedule_ = std::make_unique<Schedule>(p, blocks_, steps_.parts, ends);
-    if (steps_.bits.empty()) steps_.bits.assign(2 * kTile, 0);
   }
 
   // Counts and then offsets, as stof_hf/attention/granules.py reads them.
   void describe(int64_t* info) {
     *info++ = (int64_t)schedule_->items.size();
-    *info++ = (int64_t)steps_.steps.size();
-    *info++ = (int64_t)steps_.bits.size() / (2 * kTile);
+    *info++ = steps_.count();
+    *info++ = steps_.contents();
     *info++ = (int64_t)rows_.lists.size() / kTile;
     *info++ = (int64_t)schedule_->merges.size();
     *info++ = (int64_t)schedule_->queue.size();
     *info++ = schedule_->slots;
     *info++ = append(schedule_->items);
-    *info++ = append(steps_.steps);
-    *info++ = append(steps_.bits);
+    *info++ = append(steps_.count() * sizeof(Step), steps_.count(), 3,
+                     [this](char* to, int64_t first, int64_t last) {
+                       steps_.write((Step*)to, first, last);
+                     });
+    *info++ = append(steps_.contents() * 2 * kTile * sizeof(uint32_t), steps_.contents(), 200,
+                     [this](char* to, int64_t first, int64_t last) {
+                       steps_.write_bits((uint32_t*)to, first, last);
+                     });
     *info++ = append(rows_.lists);
     *info++ = append(schedule_->merges);
     *info++ = append(schedule_->queue);

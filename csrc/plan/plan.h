@@ -41,4 +41,12 @@ struct Run {
   int32_t end() const { return col + len; }
 };
 
+// Calls work(first, last) for parts of [0, count), each of which takes about `cost` ns.
+template <typename Work>
+void in_parts(const Team& team, int64_t count, double cost, Work work) {
+  const int64_t threads = team.threads(cost * (double)count);
+  const int64_t parts = threads > 1 ? 4 * threads : 1;
+  team.each(parts, threads, [&](int64_t i) { work(count * i / parts, count * (i + 1) / parts); });
+}
+
 }  // namespace stof

@@ -20,6 +20,8 @@ struct Step {
 struct Part {
   int32_t run_col, run_len, first_step, steps;
   double cost;
+  // Its steps are those from `made` on of the steps that were made, so many tiles further on.
+  int32_t made, shift;
 };
 
 struct Block {
@@ -31,24 +33,21 @@ struct Block {
 class Steps {
  public:
   std::vector<Part> parts;
-  std::vector<Step> steps;
-  std::vector<uint32_t> bits;  // [n][128]
 
   Steps(const PlanRequest& p, const Contents& contents)
       : p_(p), contents_(contents), bits_of_(contents.size(), kUnknown) {}
 
   // The block of one row tile, or of two.
   Block block(const Rows& rows, const Rows::Tile& one, const Rows::Tile* two) {
-    const Run* runs = rows.runs.data();
     segments_.clear();
+    const Runs runs = rows.runs(one, room_[0]);
     if (two)
-      join(runs + one.first, runs + one.last, runs + two->first, runs + two->last,
-           [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
-             segments_.emplace_back(begin, end, a, b);
-           });
+      join(runs, rows.runs(*two, room_[1]), [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
+        segments_.emplace_back(begin, end, a, b);
+      });
     else
-      for (int32_t i = one.first; i < one.last; ++i)
-        segments_.emplace_back(runs[i].col, runs[i].end(), runs[i].content, runs[i].content);
+      for (const Run& run : runs)
+        segments_.emplace_back(run.col, run.end(), run.content, run.content);
     Block block = {{one.name, two ? two->name : one.name},
                    !two && (p_.tiles == 2 || p_.paired),
                    (int32_t)parts.size(),
@@ -69,16 +68,35 @@ class Steps {
     for (int32_t i = 0; i < before.parts; ++i) {
       Part part = parts[before.first_part + i];
       if (part.run_len) part.run_col += count;
-      const int32_t first = part.first_step;
-      part.first_step = (int32_t)steps.size();
-      steps.resize(steps.size() + part.steps);
-      for (int32_t j = 0; j < part.steps; ++j) {
-        Step& step = steps[part.first_step + j] = steps[first + j];
-        for (int32_t& key : step.keys) key += count * kTile;
-      }
+      part.shift += count;
+      part.first_step = place(part.steps, part.made, part.shift);
       parts.push_back(part);
     }
     return block;
+  }
+
+  int64_t count() const { return placed_; }
+
+  // Writes the steps [first, last), each where it belongs in `to`.
+  void write(Step* to, int64_t first, int64_t last) const {
+    auto piece = std::upper_bound(pieces_.begin(), pieces_.end(), first,
+                                  [](int64_t at, const Piece& x) { return at < x.first; });
+    for (--piece; first < last; ++piece) {
+      const int64_t end = std::min(piece->first + piece->count, last);
+      const Step* from = steps_.data() + piece->made - piece->first;
+      for (; first < end; ++first) {
+        to[first] = from[first];
+        for (int32_t& key : to[first].keys) key += piece->shift * kTile;
+      }
+    }
+  }
+
+  // Contents of steps, of which there is one at least.
+  int64_t contents() const { return std::max<int64_t>((int64_t)keys_.size() / kPerTile, 1); }
+
+  // Writes the bits of the contents [first, last), 128 words each.
+  void write_bits(uint32_t* to, int64_t first, int64_t last) const {
+    for (int64_t i = first; i < last; ++i) write_bits(i, to + i * 2 * kTile);
   }
 
  private:
@@ -107,10 +125,16 @@ class Steps {
     int32_t key, code[2];
   };
 
+  // Steps that lie together as they were made, or so many tiles further on.
+  struct Piece {
+    int64_t first, count, made;
+    int32_t shift;
+  };
+
   // The steps of one list of segments, which other blocks may share.
   struct List {
     size_t first_segment, segments;
-    int32_t first_step, steps;
+    int32_t first_step, steps, made;
     double cost[2];  // of each half
   };
 
@@ -135,11 +159,28 @@ class Steps {
     if (list) {
       part.first_step = list->first_step;
       part.steps = list->steps;
+      part.made = list->made;
       cost += std::max(list->cost[0], list->cost[1]);
     }
     part.cost = (block.divided ? divided_cost(cost) : cost) + p_.item_cost;
     parts.push_back(part);
     ++block.parts;
+  }
+
+  // Gives steps a place, and returns it.
+  int32_t place(int32_t count, int32_t made, int32_t shift) {
+    const auto first = (int32_t)placed_;
+    if (count == 0) return first;
+    placed_ += count;
+    if (!pieces_.empty()) {
+      Piece& last = pieces_.back();
+      if (last.shift == shift && last.made + last.count == made) {
+        last.count += count;
+        return first;
+      }
+    }
+    pieces_.push_back({first, count, made, shift});
+    return first;
   }
 
   static bool is_far(const Segment& s) { return s.full() && s.length() >= kFar; }
@@ -163,7 +204,7 @@ class Steps {
       known_.erase(known_.begin() + first, known_.end());
       return lists_[found];
     }
-    lists_.push_back({first, count, (int32_t)steps.size(), 0, {}});
+    lists_.push_back({first, count, (int32_t)placed_, 0, (int32_t)steps_.size(), {}});
     pack(lists_.back());
     return lists_.back();
   }
@@ -194,25 +235,26 @@ class Steps {
       for (const Segment& s : tiles_[kind]) {
         const int32_t content[2] = {tile(s.content[0]), tile(s.content[1])};
         for (int32_t key = s.begin * kTile; key < s.end * kTile; key += kTile) {
-          steps.emplace_back();
-          for (int g = 0; g < kPerTile; ++g) steps.back().keys[g] = key + g * kGranule;
+          steps_.emplace_back();
+          for (int g = 0; g < kPerTile; ++g) steps_.back().keys[g] = key + g * kGranule;
           finish(list, content);
         }
       }
       if (kind) end += granules_[kind].size();
       for (; at < end; at += kPerTile) push_granules(list, at);
     }
-    list.steps = (int32_t)steps.size() - list.first_step;
+    list.steps = (int32_t)steps_.size() - list.made;
+    place(list.steps, list.made, 0);
   }
 
   void push_granules(List& list, size_t at) {
     const int used = (int)std::min<size_t>(kPerTile, granules_[0].size() - at);
     const Granule* from = granules_[0].data() + at;
-    steps.emplace_back();
+    steps_.emplace_back();
     int32_t codes[2][kPerTile];
     for (int g = 0; g < kPerTile; ++g) {
       // An unused granule repeats the step's first, whose bits it does not have.
-      steps.back().keys[g] = from[g < used ? g : 0].key;
+      steps_.back().keys[g] = from[g < used ? g : 0].key;
       for (int h = 0; h < 2; ++h) codes[h][g] = g < used ? from[g].code[h] : kEmpty;
     }
     const int32_t one = content(codes[0]);
@@ -224,7 +266,7 @@ class Steps {
   void finish(List& list, const int32_t (&content)[2]) {
     for (int h = 0; h < 2; ++h) {
       list.cost[h] += step_cost(content[h]);
-      steps.back().content[h] = content[h];
+      steps_.back().content[h] = content[h];
     }
   }
 
@@ -258,26 +300,23 @@ class Steps {
     });
     if (found >= 0) return found;
     keys_.insert(keys_.end(), codes, codes + kPerTile);
+    return next;
+  }
+
+  // The bits of a content: 64 rows in the order that csrc/cuda/problem.h gives.
+  void write_bits(int64_t index, uint32_t* out) const {
+    const int32_t* codes = keys_.data() + index * kPerTile;
     uint64_t words[kTile] = {};
-    for (int g = 0; g < kPerTile; ++g) {
+    for (int g = 0; g < kPerTile && !keys_.empty(); ++g) {
       if (codes[g] == kEmpty) continue;
       const uint64_t* from = codes[g] == kFull ? nullptr : contents_[codes[g] / kPerTile];
       const int shift = codes[g] % kPerTile * kGranule;
       for (int r = 0; r < kTile; ++r)
         words[r] |= (from ? from[r] >> shift & 0xffff : 0xffff) << g * kGranule;
     }
-    append_fragments(words);
-    return next;
-  }
-
-  // 64 rows in the order that csrc/cuda/problem.h gives.
-  void append_fragments(const uint64_t* words) {
     uint32_t of_lane[4][kTile];
     for (int lane = 0; lane < 4; ++lane)
       for (int r = 0; r < kTile; ++r) of_lane[lane][r] = nibbles(words[r] >> 2 * lane);
-    const size_t at = bits.size();
-    bits.resize(at + 2 * kTile);
-    uint32_t* out = bits.data() + at;
     for (int row = 0; row < kTile; row += 16)
       for (int r = row; r < row + 8; ++r)
         for (int lane = 0; lane < 4; ++lane)
@@ -299,7 +338,11 @@ class Steps {
   std::vector<Segment> known_;
   std::vector<List> lists_;
   Slots lists_by_;
-  std::vector<int32_t> keys_;  // of each of `bits`, [n][4]
+  std::vector<Run> room_[2];
+  std::vector<Step> steps_;  // as they were made
+  std::vector<Piece> pieces_;  // of them, in the order of the plan
+  int64_t placed_ = 0;         // steps of the plan
+  std::vector<int32_t> keys_;  // of each content, [n][4]
   Slots contents_by_;
   std::vector<int32_t> bits_of_;  // of each tile
 };

@@ -6,6 +6,8 @@
 #include <immintrin.h>
 #endif
 
+#include <utility>
+
 #include "leaf.h"
 
 namespace stof {
@@ -106,7 +108,14 @@ class Chunks : public Spans {
 class Documents : public Spans {
  public:
   Documents(const Keys& keys, const int64_t* ids, int64_t batch, int64_t n)
-      : Spans(keys), ids_(ids), batch_(batch), n_(n) {}
+      : Spans(keys), ids_(ids), batch_(batch), n_(n) {
+    number(0);
+  }
+
+  double cost() const override {
+    const double stretches = (double)stretches_.size();
+    return mixed_ ? 40 * (double)keys_.tiles : 100 + 30 * stretches / (double)(documents_ + 1);
+  }
 
   void open(const TileRow& row) override {
     const int64_t of = batch_ == 1 ? 0 : row.batch;
@@ -114,9 +123,23 @@ class Documents : public Spans {
     if (mixed_) return open_mixed(row);
     spans_.clear();
     auto s = std::upper_bound(stretches_.begin(), stretches_.end(), row.first);
-    for (--s; s + 1 < stretches_.end() && *s <= row.last; ++s)
-      if (ids_[opened_ * n_ + *s] >= 0) spans_.push_back({s[0], s[1], s[0], s[1]});
-    push_spans(row, true, true);
+    bool apart = true;
+    for (--s; s + 1 < stretches_.end() && *s <= row.last; ++s) {
+      if (ids_[opened_ * n_ + *s] < 0) continue;
+      const size_t begin = spans_.size();
+      int32_t other = (int32_t)(s - stretches_.begin());
+      // All stretches of the document, from the first on.
+      if (!first_.empty()) other = first_[numbers_[other]];
+      for (; other >= 0; other = next_.empty() ? -1 : next_[other])
+        spans_.push_back({s[0], s[1], stretches_[other], stretches_[other + 1]});
+      // A document may come twice in a tile row.
+      for (size_t i = 0; i < begin; ++i) apart &= spans_[i].first_key != spans_[begin].first_key;
+    }
+    if (!first_.empty())
+      std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) {
+        return a.first_key < b.first_key;
+      });
+    push_spans(row, apart, true);
   }
 
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {
@@ -155,7 +178,18 @@ class Documents : public Spans {
       }
       numbers_.push_back(at + 1);
     }
+    documents_ = (int64_t)documents.size();
+    first_.clear(), next_.clear();
     if (!mixed_) return;
+    // Long stretches are seen as spans, which fill tiles; short ones by position.
+    mixed_ = n_ < kTile * (int64_t)stretches_.size() / 2;
+    if (!mixed_) {
+      first_.assign(documents.size() + 1, -1);
+      next_.assign(numbers_.size(), -1);
+      for (int32_t s = (int32_t)numbers_.size(); s-- > 0;)
+        next_[s] = std::exchange(first_[numbers_[s]], s);
+      return;
+    }
     std::vector<int32_t> numbers(n_);
     for (size_t s = 0; s + 1 < stretches_.size(); ++s)
       std::fill(numbers.begin() + stretches_[s], numbers.begin() + stretches_[s + 1], numbers_[s]);
@@ -190,8 +224,11 @@ class Documents : public Spans {
   const int64_t batch_, n_;
   int64_t opened_ = -1;
   std::vector<int64_t> stretches_;  // where each stretch of equal ids begins, and the end of all
-  bool mixed_ = false;              // a document lies in several stretches: then by position
-  std::vector<int32_t> numbers_;
+  bool mixed_ = false;              // a document lies in several short stretches
+  int64_t documents_ = 0;
+  std::vector<int32_t> numbers_;  // of the document of each stretch; of each position where mixed
+  // Where documents lie in several long stretches: the first of each, and that behind each.
+  std::vector<int32_t> first_, next_;
   std::vector<uint64_t> held_;
   std::vector<int32_t> place_, placed_;
 };

@@ -203,10 +203,13 @@ class Rows {
   void count_granules() {
     counts_.resize(p_.contents * kTile);
     in_parts(team_, p_.contents, 40, [&](int64_t first, int64_t last) {
+      constexpr uint64_t kTop = 0x8000800080008000ull;
       for (int64_t i = first * kTile; i < last * kTile; ++i) {
-        int n = 0;
-        for (int g = 0; g < kPerTile; ++g) n += (p_.words[i] >> kGranule * g & 0xffff) != 0;
-        counts_[i] = (uint8_t)n;
+        const uint64_t word = p_.words[i];
+        // The uppermost bit of each granule that is not empty, moved to its lowest.
+        uint64_t some = (((word & ~kTop) + ~kTop) | word) >> (kGranule - 1) & kTop >> (kGranule - 1);
+        some += some >> 32;
+        counts_[i] = (uint8_t)((some + (some >> kGranule)) & 7);
       }
     });
   }

@@ -217,6 +217,10 @@ class Steps {
       const Segment& s = known_[list.first_segment + i];
       const int held[2] = {contents_.held(s.content[0]), contents_.held(s.content[1])};
       const int only[3] = {held[0] & ~held[1], held[0] & held[1], held[1] & ~held[0]};
+      if (only[1] == 15) {
+        tiles_[1].push_back(s);
+        continue;
+      }
       for (int kind = 0; kind < 3; ++kind) {
         if (only[kind] == 15) tiles_[kind].push_back(s);
         if (only[kind] == 15 || only[kind] == 0) continue;
@@ -229,25 +233,30 @@ class Steps {
       }
     }
     size_t end = granules_[0].size(), at = 0;
+    double cost[2] = {};
     for (int i = 1; i < 3; ++i)
       granules_[0].insert(granules_[0].end(), granules_[i].begin(), granules_[i].end());
     for (int kind = 0; kind < 3; ++kind) {
+      size_t made = steps_.size(), tiles = 0;
+      for (const Segment& s : tiles_[kind]) tiles += s.length();
+      if (tiles) steps_.resize(made + tiles);
       for (const Segment& s : tiles_[kind]) {
         const int32_t content[2] = {tile(s.content[0]), tile(s.content[1])};
         for (int32_t key = s.begin * kTile; key < s.end * kTile; key += kTile) {
-          steps_.emplace_back();
-          for (int g = 0; g < kPerTile; ++g) steps_.back().keys[g] = key + g * kGranule;
-          finish(list, content);
+          Step& step = steps_[made++];
+          for (int g = 0; g < kPerTile; ++g) step.keys[g] = key + g * kGranule;
+          finish(step, content, cost);
         }
       }
       if (kind) end += granules_[kind].size();
-      for (; at < end; at += kPerTile) push_granules(list, at);
+      for (; at < end; at += kPerTile) push_granules(at, cost);
     }
+    std::copy(cost, cost + 2, list.cost);
     list.steps = (int32_t)steps_.size() - list.made;
     place(list.steps, list.made, 0);
   }
 
-  void push_granules(List& list, size_t at) {
+  void push_granules(size_t at, double (&cost)[2]) {
     const int used = (int)std::min<size_t>(kPerTile, granules_[0].size() - at);
     const Granule* from = granules_[0].data() + at;
     steps_.emplace_back();
@@ -259,14 +268,14 @@ class Steps {
     }
     const int32_t one = content(codes[0]);
     const bool same = std::equal(codes[0], codes[0] + kPerTile, codes[1]);
-    finish(list, {one, same ? one : content(codes[1])});
+    const int32_t held[2] = {one, same ? one : content(codes[1])};
+    finish(steps_.back(), held, cost);
   }
 
-  // Gives the last step its content.
-  void finish(List& list, const int32_t (&content)[2]) {
+  static void finish(Step& step, const int32_t (&content)[2], double (&cost)[2]) {
     for (int h = 0; h < 2; ++h) {
-      list.cost[h] += step_cost(content[h]);
-      steps_.back().content[h] = content[h];
+      cost[h] += step_cost(content[h]);
+      step.content[h] = content[h];
     }
   }
 

@@ -48,7 +48,7 @@ class Leaf {
   virtual void open(const TileRow& row) = 0;
 
   // Makes a segment that holds for a tile, whatever it says of others.
-  virtual void open_at(const TileRow& row, int32_t tile) { open(row); }
+  virtual void open_at(const TileRow& row, int32_t) { open(row); }
 
   // What a tile row takes, in ns.
   virtual double cost() const { return 50; }

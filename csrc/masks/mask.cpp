@@ -20,7 +20,7 @@ class Mask : public Result {
       : Result(p.threads), p_(p), tile_rows_(ceil_div(p.q_len, kTile)) {
     const Keys keys = {p.kv_offset, ceil_div(p.kv_len, kTile)};
     Program program(keys, code, p.length);
-    const int64_t threads = team_.threads(program.cost() * (double)(p.batch * tile_rows_));
+    const int64_t threads = team_.threads(program.cost(keys.tiles) * (double)(p.batch * tile_rows_));
     // Two a thread, so that one that is held up does not hold up all.
     const int64_t cuts = threads > 1 ? ceil_div(2 * threads, p.batch) : 1;
     each_ = std::max<int64_t>(ceil_div(tile_rows_, cuts), 1);

@@ -36,6 +36,8 @@ class Maker {
   Maker(const PlanRequest& p, const Contents& contents, int32_t number)
       : steps(contents), p_(p), number_(number) {}
 
+  void reserve(int64_t count) { blocks.reserve(count), parts.reserve(count), places.reserve(count); }
+
   // The block of one row tile, or of two.
   void make(const Rows& rows, const Rows::Tile* tile, int32_t count) {
     segments_.clear();
@@ -111,12 +113,14 @@ class Blocks {
     makers_.reserve(makers);
     for (int64_t i = 0; i < makers; ++i) makers_.emplace_back(p, contents, (int32_t)i);
     team.each(makers, threads, [&](int64_t i) {
+      makers_[i].reserve(count / makers + 1);
       for (int64_t at = count * i / makers; at < count * (i + 1) / makers; ++at) {
         const Task& task = tasks_[made_[at]];
         makers_[i].make(rows, rows.tiles.data() + task.tile, task.count);
       }
     });
     blocks.reserve(tasks_.size());
+    parts.reserve(tasks_.size());
     auto maker = makers_.begin();
     size_t next = 0;
     for (const Task& task : tasks_) {

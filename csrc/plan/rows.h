@@ -139,9 +139,10 @@ class Rows {
   Runs runs(const Tile& tile, std::vector<Run>& room) const {
     if (tile.first >= given_)
       return {made_.data() + (tile.first - given_), made_.data() + (tile.last - given_)};
-    room.clear();
-    for (int64_t i = tile.first; i < tile.last; ++i) room.push_back(run(i));
-    return {room.data(), room.data() + room.size()};
+    const int64_t count = tile.last - tile.first;
+    if ((int64_t)room.size() < count) room.resize(2 * count);
+    for (int64_t i = 0; i < count; ++i) room[i] = run(tile.first + i);
+    return {room.data(), room.data() + count};
   }
 
   // Whether two tiles may share a block: only if one would not wait long for the other.
@@ -220,40 +221,51 @@ class Rows {
     const int32_t* ptr = row_ptr(pattern);
     heavy_.assign(p_.tile_rows, 0);
     heavy_rows_.clear();
+    int64_t runs = 0;
+    for (int64_t t = 0; t < p_.tile_rows; ++t) runs += follows_[t] ? 0 : ptr[t + 1] - ptr[t];
+    const double cost = 50 + 5 * (double)runs / (double)(p_.tile_rows + 1);
+    in_parts(team_, p_.tile_rows, cost, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        heavy_[t] = t > first && follows_[t] ? heavy_[t - 1] : heavy_of(ptr, t);
+    });
     int64_t saved = 0;
     for (int64_t t = 0; t < p_.tile_rows; ++t) {
-      if (follows_[t] && !heavy_[t - 1]) continue;
-      int32_t seen[kTile] = {}, full = 0;
-      for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
-        if (p_.run_bits[i] == kFull) {
-          full += p_.run_len[i] * kPerTile;
-          continue;
-        }
-        const uint8_t* count = counts_.data() + (int64_t)p_.run_bits[i] * kTile;
-        for (int r = 0; r < kTile; ++r) seen[r] += count[r];
-      }
-      const int rows = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
-      const auto far = [&](int32_t light) { return 2 * (light + full) + 8 - full; };
-      int32_t least = INT32_MAX, most = 0;
-      for (int r = 0; r < rows; ++r) {
-        least = std::min(least, seen[r]);
-        most = std::max(most, seen[r]);
-      }
-      if (most <= far(least)) continue;
-      int32_t sorted[kTile];
-      std::copy(seen, seen + rows, sorted);
-      std::nth_element(sorted, sorted + rows / 4, sorted + rows);
-      const int32_t limit = far(sorted[rows / 4]);
-      for (int r = 0; r < rows; ++r) {
-        if (seen[r] <= limit) continue;
-        heavy_[t] |= 1ull << r;
-        heavy_rows_.push_back((int32_t)(t * kTile + r));
-      }
-      if (heavy_[t]) saved += saved_by(ptr[t], ptr[t + 1], heavy_[t]);
+      if (!heavy_[t]) continue;
+      for (uint64_t left = heavy_[t]; left; left &= left - 1)
+        heavy_rows_.push_back((int32_t)(t * kTile + __builtin_ctzll(left)));
+      saved += saved_by(ptr[t], ptr[t + 1], heavy_[t]);
     }
     const int64_t columns = ceil_div(p_.kv_len, kTile);
     const int64_t spent = ceil_div((int64_t)heavy_rows_.size(), kTile) * columns * kPerTile;
     if ((double)saved <= 1.1 * (double)spent) heavy_rows_.clear();
+  }
+
+  // Which rows of a tile see far more granules than a quarter of them do.
+  uint64_t heavy_of(const int32_t* ptr, int64_t t) const {
+    int32_t seen[kTile] = {}, full = 0;
+    for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
+      if (p_.run_bits[i] == kFull) {
+        full += p_.run_len[i] * kPerTile;
+        continue;
+      }
+      const uint8_t* count = counts_.data() + (int64_t)p_.run_bits[i] * kTile;
+      for (int r = 0; r < kTile; ++r) seen[r] += count[r];
+    }
+    const int rows = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
+    const auto far = [&](int32_t light) { return 2 * (light + full) + 8 - full; };
+    int32_t least = INT32_MAX, most = 0;
+    for (int r = 0; r < rows; ++r) {
+      least = std::min(least, seen[r]);
+      most = std::max(most, seen[r]);
+    }
+    if (most <= far(least)) return 0;
+    int32_t sorted[kTile];
+    std::copy(seen, seen + rows, sorted);
+    std::nth_element(sorted, sorted + rows / 4, sorted + rows);
+    const int32_t limit = far(sorted[rows / 4]);
+    uint64_t heavy = 0;
+    for (int r = 0; r < rows; ++r) heavy |= (uint64_t)(seen[r] > limit) << r;
+    return heavy;
   }
 
   // Granules that the runs hold for these rows alone.

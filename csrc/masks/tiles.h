@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace stof {
@@ -87,17 +88,24 @@ class TileSet {
       return std::memcmp((*this)[i], words, sizeof(uint64_t) * kTile) == 0;
     });
     if (found >= 0) return found;
-    words_.insert(words_.end(), words, words + kTile);
+    if (size() % kShelf == 0) shelves_.emplace_back(new uint64_t[kShelf * kTile]);
     hashes_.push_back(all);
-    return size() - 1;
+    const int32_t last = size() - 1;
+    std::memcpy(shelves_.back().get() + last % kShelf * kTile, words, sizeof(uint64_t) * kTile);
+    return last;
   }
 
-  const uint64_t* operator[](int32_t i) const { return words_.data() + (int64_t)i * kTile; }
-  int32_t size() const { return (int32_t)(words_.size() / kTile); }
+  const uint64_t* operator[](int32_t i) const {
+    return shelves_[i / kShelf].get() + i % kShelf * kTile;
+  }
+  int32_t size() const { return (int32_t)hashes_.size(); }
   uint64_t hash(int32_t i) const { return hashes_[i]; }
 
  private:
-  std::vector<uint64_t> words_, hashes_;
+  static constexpr int32_t kShelf = 16;  // tiles that lie together: they never move
+
+  std::vector<std::unique_ptr<uint64_t[]>> shelves_;
+  std::vector<uint64_t> hashes_;
   Slots slots_;
 };
 

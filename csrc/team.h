@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -15,14 +14,14 @@ namespace stof {
 
 class Team {
  public:
-  // parallel: GOMP_parallel of the runtime that torch uses, or null. grain: ns of work for which
-  // one more thread pays.
+  // parallel: GOMP_parallel of the runtime that torch uses, or null. threads: how many there may be.
+  // grain: work for which one more pays, in any unit.
   Team(void* parallel, int64_t threads, int64_t grain)
       : parallel_(parallel), threads_(threads), grain_(std::max<int64_t>(grain, 1)) {}
 
   // How many threads so much work deserves.
-  int64_t threads(double ns) const {
-    return (int64_t)std::min((double)threads_, 1 + std::max(ns, 0.0) / (double)grain_);
+  int64_t threads(double work) const {
+    return (int64_t)std::min((double)threads_, std::max(work / (double)grain_, 1.0));
   }
 
   // Calls work() on `threads` threads, or as many as there are, this one among them. What the first
@@ -39,7 +38,7 @@ class Team {
       team.reserve(threads - 1);
       try {
         for (int64_t i = 1; i < threads; ++i) team.emplace_back(Shared<Work>::enter, &shared);
-      } catch (const std::system_error&) {
+      } catch (const std::exception&) {
         // The system gives no more threads: those there are do all of it.
       }
       Shared<Work>::enter(&shared);

@@ -145,7 +145,8 @@ class Job {
     const int64_t work =
         plan_.work * std::min<int64_t>(p_.q_len, kTile) * kTile * (p_.head_dim + p_.value_dim);
     const Team team(p_.parallel, p_.threads, kGrain);
-    const int64_t threads = std::min(team.threads((double)work), (int64_t)plan_.items.size());
+    const int64_t threads = std::min(team.threads((double)(work + kGrain)),
+                                     (int64_t)plan_.items.size());
     team.run(threads, [this] { take_items(); });
   }
 

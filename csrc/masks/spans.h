@@ -272,9 +272,10 @@ class RandomBlocks : public Spans {
   }
 
   double cost() const override {
-    const double tiles = (double)size_ / kTile + 1;
-    const double each = fill_ == kWhole ? 50 : 150 + kTile * (double)std::min<int64_t>(size_, kTile) / 3;
-    return 50 + (double)std::min(keys_.tiles, blocks_) * tiles * each;
+    const auto size = (double)std::min(size_, keys_.tiles * kTile);
+    const double draws = fill_ == kWhole ? 0 : 0.27 * kTile * size;
+    const double each = draws + (fill_ == kWhole ? 50 : 150) * (size / kTile + 1);
+    return 50 + (double)std::min(keys_.tiles, blocks_) * each;
   }
 
  private:

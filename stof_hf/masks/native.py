@@ -17,7 +17,7 @@ _FLAGS = (
     "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
     "-fvisibility=hidden",
 )
-# Nanoseconds of work for which one more thread pays: waking one takes up to 20 us.
+# Nanoseconds of work that a thread has at least: waking one takes up to 20 us.
 _GRAIN = 50_000
 
 

@@ -31,13 +31,17 @@ class Mask : public Result {
       stretches_[i].build(p, program, i / per_batch_, first,
                           std::min(first + each_, tile_rows_));
     };
-    if (threads <= 1)
-      for (size_t i = 0; i < stretches_.size(); ++i) build(program, (int64_t)i);
-    else
-      team_.each((int64_t)stretches_.size(), threads, [&](int64_t i) {
-        Program own(keys, code, p.length);
-        build(own, i);
+    const auto count = (int64_t)stretches_.size();
+    if (threads <= 1) {
+      for (int64_t i = 0; i < count; ++i) build(program, i);
+    } else {
+      std::atomic<int64_t> next{0};
+      team_.run(threads, [&] {
+        int64_t i = next++;
+        if (i >= count) return;
+        for (Program own(keys, code, p.length); i < count; i = next++) build(own, i);
       });
+    }
     number();
     for (int64_t b = 0; b < p.batch; ++b) pattern_id_.push_back(known(b));
     row_ptr_.reserve(patterns_.size() * (tile_rows_ + 1));

@@ -196,7 +196,8 @@ class Blocks {
       }
       ends.push_back((int32_t)tasks_.size());
     }
-    return 100 * (double)made_.size() + 10 * (double)runs;
+    const double bits = 50 * (double)std::min(p.contents, runs);
+    return 100 * (double)made_.size() + 10 * (double)runs + bits;
   }
 
   // Appends a block that a maker has made.

@@ -203,14 +203,16 @@ class Rows {
   // How many granules of each tile each row holds.
   void count_granules() {
     counts_.resize(p_.contents * kTile);
-    in_parts(team_, p_.contents, 40, [&](int64_t first, int64_t last) {
+    in_parts(team_, p_.contents, 25, [&](int64_t first, int64_t last) {
       constexpr uint64_t kTop = 0x8000800080008000ull;
+      const uint64_t* words = p_.words;
+      uint8_t* __restrict counts = counts_.data();  // bytes might be anything: words, too
       for (int64_t i = first * kTile; i < last * kTile; ++i) {
-        const uint64_t word = p_.words[i];
+        const uint64_t word = words[i];
         // The uppermost bit of each granule that is not empty, moved to its lowest.
         uint64_t some = (((word & ~kTop) + ~kTop) | word) >> (kGranule - 1) & kTop >> (kGranule - 1);
         some += some >> 32;
-        counts_[i] = (uint8_t)((some + (some >> kGranule)) & 7);
+        counts[i] = (uint8_t)((some + (some >> kGranule)) & 7);
       }
     });
   }

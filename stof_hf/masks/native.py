@@ -18,7 +18,7 @@ _FLAGS = (
     "-fvisibility=hidden",
 )
 # Nanoseconds of work that a thread has at least: waking one takes up to 20 us.
-_GRAIN = 50_000
+_GRAIN = 35_000
 
 
 def threads() -> tuple[int, int, int]:

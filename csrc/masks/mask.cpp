@@ -67,9 +67,8 @@ class Mask : public Result {
     ++info;
     *info++ = append(pattern_id_);
     *info++ = append(row_ptr_);
-    const double cost = 10 + 0.5 * (double)runs / (double)(rows + 1);
-    for (int32_t Stretch::Run::*field :
-         {&Stretch::Run::col, &Stretch::Run::len, &Stretch::Run::bits})
+    const double cost = 10 + 0.3 * (double)runs / (double)(rows + 1);
+    for (std::vector<int32_t> Stretch::*field : {&Stretch::col, &Stretch::len, &Stretch::bits})
       *info++ = append(runs * sizeof(int32_t), rows, cost,
                        [this, field](char* to, int64_t first, int64_t last) {
                          write(field, (int32_t*)to, first, last);
@@ -120,9 +119,9 @@ class Mask : public Result {
         const Stretch::Row &x = row(batch, t), &y = row(other, t);
         if (x.count != y.count) return false;
         for (int32_t i = 0; i < x.count; ++i) {
-          const Stretch::Run &one = a.runs[x.first + i], &two = b.runs[y.first + i];
-          if (one.col + x.shift != two.col + y.shift || one.len != two.len ||
-              a.number(one.bits) != b.number(two.bits))
+          const int32_t one = x.first + i, two = y.first + i;
+          if (a.col[one] + x.shift != b.col[two] + y.shift || a.len[one] != b.len[two] ||
+              a.number(a.bits[one]) != b.number(b.bits[two]))
             return false;
         }
       }
@@ -135,7 +134,7 @@ class Mask : public Result {
   }
 
   // A field of the runs of some tile rows, which count through all patterns.
-  void write(int32_t Stretch::Run::*field, int32_t* to, int64_t first, int64_t last) const {
+  void write(std::vector<int32_t> Stretch::*field, int32_t* to, int64_t first, int64_t last) const {
     while (first < last) {
       const int64_t pattern = first / tile_rows_, t = first % tile_rows_;
       const Stretch& x = stretch(patterns_[pattern], t);
@@ -149,13 +148,13 @@ class Mask : public Result {
         // Rows whose runs follow each other are written as one.
         do until += row->count;
         while (++row < end && row->first == until && row->shift == shift);
-        const Stretch::Run *run = x.runs.data() + begin, *stop = x.runs.data() + until;
-        if (field == &Stretch::Run::bits)
-          for (; run < stop; ++run) *out++ = x.number(run->bits);
-        else if (field == &Stretch::Run::col)
-          for (; run < stop; ++run) *out++ = run->col + shift;
+        const int32_t *from = (x.*field).data() + begin, *stop = (x.*field).data() + until;
+        if (field == &Stretch::bits && stretches_.size() > 1)
+          out = std::transform(from, stop, out, [&](int32_t bits) { return x.number(bits); });
+        else if (field == &Stretch::col)
+          out = std::transform(from, stop, out, [&](int32_t col) { return col + shift; });
         else
-          for (; run < stop; ++run) *out++ = run->len;
+          out = std::copy(from, stop, out);
       }
     }
   }

@@ -17,18 +17,12 @@ struct MaskRequest {
 
 class Stretch {
  public:
-  struct Run {
-    Run(int32_t col, int32_t len, int32_t bits) : col(col), len(len), bits(bits) {}
-
-    int32_t col, len, bits;
-  };
-
   // Its runs, which begin `shift` tiles further on than they say.
   struct Row {
     int32_t first, count, shift;
   };
 
-  std::vector<Run> runs;
+  std::vector<int32_t> col, len, bits;  // of the runs
   std::vector<Row> rows;
   TileSet found;              // partial tiles, in the order in which they first appear
   std::vector<int32_t> held;  // blocks of 16 x 16 of each that hold a pair
@@ -60,7 +54,7 @@ class Stretch {
         rows_ = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
         const TileRow row = {batch, query, query + rows_ - 1};
         const int64_t blocks = out_.blocks;
-        begin_ = out_.runs.size();
+        begin_ = out_.col.size();
         if (follows && t > first && rows_ == kTile) {
           follow(row, end);
         } else {
@@ -68,13 +62,13 @@ class Stretch {
           run(0, tiles_);
           out_.rows.push_back({(int32_t)begin_, count(), 0});
         }
-        if (out_.runs.size() > INT32_MAX) throw std::length_error("more runs than are counted");
+        if (out_.col.size() > INT32_MAX) throw std::length_error("more runs than are counted");
         blocks_ = out_.blocks - blocks;
       }
     }
 
    private:
-    int32_t count() const { return (int32_t)(out_.runs.size() - begin_); }
+    int32_t count() const { return (int32_t)(out_.col.size() - begin_); }
 
     void run(int32_t from, int32_t to) {
       program_.run(from, to, [&](int32_t from, int32_t to, int32_t id) { emit(from, to, id); });
@@ -84,11 +78,9 @@ class Stretch {
     // tiles.
     void follow(const TileRow& row, int32_t end) {
       const Row before = out_.rows.back();
-      const auto shifted = [&](int32_t i) {
-        Run run = out_.runs[before.first + i];
-        run.col += before.shift + 1;
-        return run;
-      };
+      const auto col = [&](int32_t i) { return out_.col[before.first + i] + before.shift + 1; };
+      const auto len = [&](int32_t i) { return out_.len[before.first + i]; };
+      const auto bits = [&](int32_t i) { return out_.bits[before.first + i]; };
       program_.open_at(row, 0, tiles_);
       run(0, 1);
       int32_t at_end = kEmpty;
@@ -96,18 +88,30 @@ class Stretch {
         program_.open_at(row, end, tiles_);
         program_.run(end, tiles_, [&](int32_t, int32_t, int32_t id) { at_end = content(id, true); });
       }
-      const bool reaches = before.count > 0 && [&] {
-        const Run last = shifted(before.count - 1);
-        return last.col + last.len > end;
-      }();
+      int32_t n = before.count;
+      const bool reaches = n > 0 && col(n - 1) + len(n - 1) > end;
       if (count() == 0 && !reaches && at_end == kEmpty) {
         out_.blocks += blocks_;
         out_.rows.push_back({before.first, before.count, before.shift + 1});
         return;
       }
-      for (int32_t i = 0; i < before.count; ++i) {
-        const Run run = shifted(i);
-        if (run.col < end) append_tiles(run.col, std::min(run.col + run.len, end), run.bits);
+      int64_t blocks = blocks_;
+      for (; n > 0 && col(n - 1) >= end; --n) blocks -= blocks_of(bits(n - 1), len(n - 1));
+      if (n > 0) {
+        // Alone, for it may touch the first tile.
+        blocks -= blocks_of(bits(0), len(0));
+        append_tiles(col(0), std::min(col(0) + len(0), end), bits(0));
+      }
+      if (n > 1) {
+        const size_t at = out_.col.size(), from = before.first + 1;
+        for (std::vector<int32_t>* field : {&out_.col, &out_.len, &out_.bits}) {
+          field->resize(at + n - 1);
+          std::copy_n(field->begin() + from, n - 1, field->begin() + at);
+        }
+        for (size_t i = at; i < out_.col.size(); ++i) out_.col[i] += before.shift + 1;
+        const int32_t beyond = std::max(out_.col.back() + out_.len.back() - end, 0);
+        out_.len.back() -= beyond;
+        out_.blocks += blocks - (beyond ? blocks_of(kFull, beyond) : 0);
       }
       append_tiles(end, tiles_, at_end);
       out_.rows.push_back({(int32_t)begin_, count(), 0});
@@ -121,20 +125,28 @@ class Stretch {
     }
 
     void append_tiles(int32_t from, int32_t to, int32_t content) {
-      std::vector<Run>& runs = out_.runs;
       if (content == kEmpty) return;
-      if (content == kFull) {
-        out_.blocks += (to - from) * ceil_div(rows_, kBlock) * (kTile / kBlock);
-        const bool touches = count() > 0 && runs.back().bits == kFull &&
-                             runs.back().col + runs.back().len == from;
-        if (touches)
-          runs.back().len += to - from;
-        else
-          runs.emplace_back(from, to - from, kFull);
-        return;
+      out_.blocks += blocks_of(content, to - from);
+      if (content != kFull) {
+        for (int32_t tile = from; tile < to; ++tile) push(tile, 1, content);
+      } else if (count() > 0 && out_.bits.back() == kFull &&
+                 out_.col.back() + out_.len.back() == from) {
+        out_.len.back() += to - from;
+      } else {
+        push(from, to - from, kFull);
       }
-      out_.blocks += (int64_t)(to - from) * out_.held[content];
-      for (int32_t tile = from; tile < to; ++tile) runs.emplace_back(tile, 1, content);
+    }
+
+    void push(int32_t col, int32_t len, int32_t bits) {
+      out_.col.push_back(col);
+      out_.len.push_back(len);
+      out_.bits.push_back(bits);
+    }
+
+    // Blocks of so many tiles of the tile row at hand that hold a pair.
+    int64_t blocks_of(int32_t content, int64_t tiles) const {
+      return tiles * (content == kFull ? ceil_div(rows_, kBlock) * (kTile / kBlock)
+                                       : out_.held[content]);
     }
 
     // What a tile of these words holds within the mask: kFull, kEmpty or an index of found.

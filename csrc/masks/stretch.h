@@ -49,6 +49,8 @@ class Stretch {
       const int32_t end = tiles_ - (p_.kv_len % kTile != 0);
       const bool follows = program_.follows() && tiles_ > 2;
       out_.rows.reserve(last - first);
+      for (std::vector<int32_t>* field : {&out_.col, &out_.len, &out_.bits})
+        field->reserve(8 * (last - first));
       for (int64_t t = first; t < last; ++t) {
         const int64_t query = p_.q_offset + t * kTile;
         rows_ = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
@@ -88,33 +90,48 @@ class Stretch {
         program_.open_at(row, end, tiles_);
         program_.run(end, tiles_, [&](int32_t, int32_t, int32_t id) { at_end = content(id, true); });
       }
-      int32_t n = before.count;
+      const int32_t n = before.count;
       const bool reaches = n > 0 && col(n - 1) + len(n - 1) > end;
       if (count() == 0 && !reaches && at_end == kEmpty) {
         out_.blocks += blocks_;
         out_.rows.push_back({before.first, before.count, before.shift + 1});
         return;
       }
-      int64_t blocks = blocks_;
-      for (; n > 0 && col(n - 1) >= end; --n) blocks -= blocks_of(bits(n - 1), len(n - 1));
-      if (n > 0) {
-        // Alone, for it may touch the first tile.
-        blocks -= blocks_of(bits(0), len(0));
-        append_tiles(col(0), std::min(col(0) + len(0), end), bits(0));
-      }
-      if (n > 1) {
-        const size_t at = out_.col.size(), from = before.first + 1;
-        for (std::vector<int32_t>* field : {&out_.col, &out_.len, &out_.bits}) {
-          field->resize(at + n - 1);
-          std::copy_n(field->begin() + from, n - 1, field->begin() + at);
-        }
-        for (size_t i = at; i < out_.col.size(); ++i) out_.col[i] += before.shift + 1;
-        const int32_t beyond = std::max(out_.col.back() + out_.len.back() - end, 0);
-        out_.len.back() -= beyond;
-        out_.blocks += blocks - (beyond ? blocks_of(kFull, beyond) : 0);
+      constexpr int32_t kFew = 8;
+      if (n <= kFew) {
+        for (int32_t i = 0; i < n; ++i)
+          if (col(i) < end) append_tiles(col(i), std::min(col(i) + len(i), end), bits(i));
+      } else {
+        copy(before, end);
       }
       append_tiles(end, tiles_, at_end);
       out_.rows.push_back({(int32_t)begin_, count(), 0});
+    }
+
+    // Appends the runs of the tile row before, of which there are several, one tile further on and up
+    // to `end`.
+    void copy(const Row& before, int32_t end) {
+      const auto at = [&](const std::vector<int32_t>& field, int32_t i) {
+        return field[before.first + i];
+      };
+      const int32_t shift = before.shift + 1;
+      int32_t n = before.count;
+      int64_t blocks = blocks_;
+      for (; at(out_.col, n - 1) + shift >= end; --n)
+        blocks -= blocks_of(at(out_.bits, n - 1), at(out_.len, n - 1));
+      // The first alone, for it may touch the first tile.
+      const int32_t col = at(out_.col, 0) + shift, len = at(out_.len, 0), bits = at(out_.bits, 0);
+      blocks -= blocks_of(bits, len);
+      append_tiles(col, col + len, bits);
+      const size_t size = out_.col.size();
+      for (std::vector<int32_t>* field : {&out_.col, &out_.len, &out_.bits}) {
+        field->resize(size + n - 1);
+        std::copy_n(field->begin() + before.first + 1, n - 1, field->begin() + size);
+      }
+      for (size_t i = size; i < out_.col.size(); ++i) out_.col[i] += shift;
+      const int32_t beyond = std::max(out_.col.back() + out_.len.back() - end, 0);
+      out_.len.back() -= beyond;
+      out_.blocks += blocks - (beyond ? blocks_of(kFull, beyond) : 0);
     }
 
     // Appends tiles of words `id` to the tile row at hand.

@@ -14,8 +14,8 @@ namespace stof {
 
 class Team {
  public:
-  // parallel: GOMP_parallel of the runtime that torch uses, or null. threads: how many there may be.
-  // grain: work for which one more pays, in any unit.
+  // parallel: GOMP_parallel of the runtime that torch uses, or null. threads: how many there may
+  // be. grain: what a thread should have to do at least, in any unit.
   Team(void* parallel, int64_t threads, int64_t grain)
       : parallel_(parallel), threads_(threads), grain_(std::max<int64_t>(grain, 1)) {}
 

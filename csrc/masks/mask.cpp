@@ -90,7 +90,7 @@ class Mask : public Result {
     return stretch(batch, t).rows[t % each_];
   }
 
-  // Gives the partial tiles of all stretches their numbers, in the order in which they first appear.
+  // Gives the partial tiles of all stretches their numbers, in the order in which they appear.
   void number() {
     int64_t total = 0;
     for (const Stretch& x : stretches_) total += x.found.size();
@@ -139,7 +139,8 @@ class Mask : public Result {
       const int64_t pattern = first / tile_rows_, t = first % tile_rows_;
       const Stretch& x = stretch(patterns_[pattern], t);
       const Stretch::Row* row = &x.rows[t % each_];
-      const Stretch::Row* end = row + std::min(last - first, (int64_t)(x.rows.data() + x.rows.size() - row));
+      const auto left = (int64_t)(x.rows.data() + x.rows.size() - row);
+      const Stretch::Row* end = row + std::min(last - first, left);
       int32_t* out = to + row_ptr_[pattern * (tile_rows_ + 1) + t];
       first += end - row;
       while (row < end) {

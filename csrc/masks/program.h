@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "spans.h"
+#include "random.h"
 
 namespace stof {
 
@@ -105,7 +105,8 @@ class Program {
   double cost(int64_t tiles) const {
     double cost = 0;
     for (const Node* node : leaves_) cost += node->leaf->cost();
-    // Where rows follow, those are copied that the first or the last tile cuts, and others cost little.
+    // Where rows follow, those are copied that the first or the last tile cuts, and others cost
+    // little.
     return follows() ? 30 + 0.3 * cost * std::min(1.0, cost / (10 * (double)tiles)) : cost;
   }
 

@@ -88,7 +88,8 @@ class Stretch {
       int32_t at_end = kEmpty;
       if (end < tiles_) {
         program_.open_at(row, end, tiles_);
-        program_.run(end, tiles_, [&](int32_t, int32_t, int32_t id) { at_end = content(id, true); });
+        program_.run(end, tiles_,
+                     [&](int32_t, int32_t, int32_t id) { at_end = content(id, true); });
       }
       const int32_t n = before.count;
       const bool reaches = n > 0 && col(n - 1) + len(n - 1) > end;
@@ -108,8 +109,8 @@ class Stretch {
       out_.rows.push_back({(int32_t)begin_, count(), 0});
     }
 
-    // Appends the runs of the tile row before, of which there are several, one tile further on and up
-    // to `end`.
+    // Appends the runs of the tile row before, of which there are several, one tile further on and
+    // up to `end`.
     void copy(const Row& before, int32_t end) {
       const auto at = [&](const std::vector<int32_t>& field, int32_t i) {
         return field[before.first + i];

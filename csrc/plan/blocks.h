@@ -1,8 +1,8 @@
 // Blocks: row tiles that a thread block computes together, and the parts of their keys.
 //
 // Steps are made for stretches of blocks, by several threads where that pays, and put together in
-// order, so that the plan does not depend on the number of threads. For a block that repeats the one
-// before, one key tile further on, none are made: they are written from those of that one.
+// order, so that the plan does not depend on the number of threads. For a block that repeats the
+// one before, one key tile further on, none are made: they are written from those of that one.
 #pragma once
 
 #include "steps.h"
@@ -36,16 +36,19 @@ class Maker {
   Maker(const PlanRequest& p, const Contents& contents, int32_t number)
       : steps(contents), p_(p), number_(number) {}
 
-  void reserve(int64_t count) { blocks.reserve(count), parts.reserve(count), places.reserve(count); }
+  void reserve(int64_t count) {
+    blocks.reserve(count), parts.reserve(count), places.reserve(count);
+  }
 
   // The block of one row tile, or of two.
   void make(const Rows& rows, const Rows::Tile* tile, int32_t count) {
     segments_.clear();
     const Runs runs = rows.runs(tile[0], room_[0]);
     if (count == 2)
-      join(runs, rows.runs(tile[1], room_[1]), [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
-        segments_.emplace_back(begin, end, a, b);
-      });
+      join(runs, rows.runs(tile[1], room_[1]),
+           [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
+             segments_.emplace_back(begin, end, a, b);
+           });
     else
       for (const Run& run : runs)
         segments_.emplace_back(run.col, run.end(), run.content, run.content);

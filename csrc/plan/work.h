@@ -32,7 +32,8 @@ inline void measure(const PlanRequest& p, Work* work) {
   for (int64_t i = 0; i < p.patterns; ++i) {
     const int32_t* ptr = p.row_ptr + i * (p.tile_rows + 1);
     for (int64_t t = 0; t < p.tile_rows; ++t) {
-      const int64_t visits = std::accumulate(p.run_len + ptr[t], p.run_len + ptr[t + 1], int64_t{0});
+      const int64_t visits =
+          std::accumulate(p.run_len + ptr[t], p.run_len + ptr[t + 1], int64_t{0});
       work[kTiles].add((double)visits, (double)visits);
     }
   }

@@ -85,7 +85,7 @@ class TuneReport:
         return asdict(self)
 
     def __rich__(self) -> Group:
-        lines: list[Any] = [_table(layer) for layer in self.layers]
+        lines: list[Any] = [part for layer in self.layers for part in _shown(layer)]
         lines += [Text(f"{name} runs its own code: {why}") for name, why in self.skipped.items()]
         lines.append(Text(self._summary()))
         return Group(*lines)
@@ -126,13 +126,13 @@ class TuneReport:
         return figure
 
 
-def _table(layer: LayerReport) -> Table:
+def _shown(layer: LayerReport) -> tuple[Text, Table]:
     title = f"{layer.count} x {layer.kind}, {layer.batch_size} x {layer.seq_len}"
     if layer.baseline_us is not None and layer.time_us is not None:
         gain = layer.baseline_us / layer.time_us
         title += f": {layer.baseline_us:.1f} -> {layer.time_us:.1f} us, {gain:.2f} times as fast"
     title += f" ({layer.note})" if layer.note else ""
-    table = Table(title=escape(title), title_justify="left")
+    table = Table()
     for name in ("segment", "computed by", "parameters"):
         table.add_column(name, overflow="fold")
     for name in ("before us", "after us"):
@@ -142,7 +142,8 @@ def _table(layer: LayerReport) -> Table:
         before = "" if segment.before_us is None else f"{segment.before_us:.1f}"
         cells = (" ".join(segment.operators), segment.template, params, before)
         table.add_row(*map(escape, cells), f"{segment.time_us:.1f}")
-    return table
+    # A table's own title would be broken to its width.
+    return Text(title), table
 
 
 def _draw(bars: Any, course: Any, layer: LayerReport) -> None:

@@ -317,6 +317,24 @@ def test_replicas_run_their_own_code(model, inputs):
     assert runs_fused(model, inputs, want) is True
 
 
+def test_another_class_runs_its_own_code(model, inputs):
+    """As FSDP gives layers one, and weights that come and go."""
+    install(find(model))
+    want = first(model, inputs)
+    for found in find(model):
+        module = found.module
+        module.__class__ = type("FSDP" + type(module).__name__, (type(module),), {})
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+    with pytest.warns(StofWarning, match="another class"):
+        assert runs_fused(model, inputs, want) is False
+
+
+def test_other_attention_functions_leave_layers_alone(model):
+    model.config._attn_implementation_internal = "flash_attention_2"
+    assert all("flash_attention_2" in found.reason for found in find(model))
+
+
 def test_loaded_weights_can_be_packed(model, inputs, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="stof").eval()

@@ -210,6 +210,8 @@ class Fused:
             return None
         layer = layer_of(module, make)
         reason = layer if isinstance(layer, str) else refusal(module, layer, set())
+        if "replaced" not in vars(type(module)):
+            reason = "something gave it another class, as FSDP does"
         if reason is None and (dtype := dtype_of(layer)) != self.dtype:
             reason = f"it is tuned for {self.dtype}, its weights are {dtype}: tune again"
         if reason is None:

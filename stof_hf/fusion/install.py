@@ -22,9 +22,10 @@ from transformers.utils.output_capturing import _active_collector
 
 from .fused import Choice, Fused, dtype_of
 from .guard import layer_of, refusal
-from .layer import Context, Layer
+from .layer import Context, Layer, attention_function
 from .packing import unpack
 from .parts import kind
+from .runners import IMPLEMENTATIONS
 
 __all__ = ["Found", "context_of", "find", "install", "patch_of", "restore"]
 
@@ -87,6 +88,8 @@ def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
     reason = layer if isinstance(layer, str) else refusal(module, layer, tied)
     if reason is None and "forward" in vars(module):
         reason = "it has a forward of its own (offloaded weights, or a patch)"
+    if reason is None and (chosen := attention_function(layer)) not in IMPLEMENTATIONS:
+        reason = f"its attention function is {chosen!r}: set_attn_implementation('stof')"
     if reason is not None:
         return Found(name, module, None, None, reason)
     return Found(name, module, kind(original_class(module), layer), layer, None)

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["Attention", "Context", "Layer", "Operator", "Rows", "implementation", "product"]
+__all__ = [
+    "Attention", "Context", "Layer", "Operator", "Rows", "attention_function", "implementation",
+    "product",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ def implementation(config: Any) -> str:
     """
     kept = vars(config).get("_attn_implementation_internal")
     return kept or config._attn_implementation
+
+
+def attention_function(layer: Layer) -> str:
+    """The name of the one that a layer is set to now."""
+    attention = next(op.attention for op in layer.operators if op.name == "attention")
+    return implementation(attention.module.config)
 
 
 def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:

@@ -53,6 +53,9 @@ MODELS = {
         )
     ),
     "qwen2": lambda width: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_gqa(width))),
+    "qwen3": lambda width: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**_gqa(width), head_dim=width // 4)
+    ),
 }  # fmt: skip
 
 

@@ -26,9 +26,9 @@ class Operator:
 
     Args:
         modules: of a product and its bias, the projections whose results stand side by side; of a
-            norm, the module.
+            norm, the module; of a head norm, those of queries and keys.
         function: the activation of "act" and "gate".
-        attention: of "attention" and "rotary".
+        attention: of "attention", "rotary" and "head norm".
     """
 
     name: str
@@ -109,6 +109,8 @@ class Layer:
             case "norm":
                 before, rows = rows, operator.modules[0](rows)
                 residual = before if self.norm_first else rows
+            case "head norm":
+                rows = norm_heads(rows, operator)
             case "rotary":
                 rows = rotate(rows, operator.attention, context)
             case "attention":
@@ -148,6 +150,15 @@ def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:
     """q [B, H, S, D], k and v [B, Hkv, S, D] as views of packed rows."""
     heads = rows.unflatten(-1, (to.heads + 2 * to.kv_heads, to.head_dim)).transpose(1, 2)
     return heads.split((to.heads, to.kv_heads, to.kv_heads), dim=1)
+
+
+def norm_heads(rows: torch.Tensor, operator: Operator) -> torch.Tensor:
+    """The heads of queries and keys, each normalised by the first and second module."""
+    to = operator.attention
+    heads = rows.unflatten(-1, (-1, to.head_dim))
+    q, k, v = heads.split((to.heads, to.kv_heads, to.kv_heads), dim=-2)
+    of_q, of_k = operator.modules
+    return torch.cat((of_q(q), of_k(k), v), -2).flatten(-2)
 
 
 def rotate(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:

@@ -21,6 +21,7 @@ OPERATORS = {
     "norm": "LayerNorm or RMSNorm",
     "gemm": "product with a weight, or with packed ones (queries, keys, values; gate and up)",
     "bias": "adds the bias of the product in front",
+    "head norm": "RMSNorm of each head of queries and keys",
     "rotary": "rotates queries and keys",
     "attention": "stof::attention",
     "act": "activation",
@@ -32,7 +33,7 @@ OPERATORS = {
 #: is PyTorch's own kernels, cuBLAS with what its epilogue can do, which the others compete with.
 SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention",): ("attention",),
-    **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual")},
+    **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual", "head norm")},
     ("norm",): ("norm", "torch"),
     ("rotary",): ("rotary", "torch"),
     ("residual", "norm"): ("norm", "torch"),

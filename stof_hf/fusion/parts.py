@@ -83,7 +83,7 @@ def part_of(layer: Layer, begin: int, end: int, weights: Weights) -> Part:
     weight, bias = weights(product.modules) if product else (None, None)
     nonlinear = found.get("act") or found.get("gate")
     norm = found["norm"].modules[0] if "norm" in found else None
-    heads = found.get("rotary") or found.get("attention")
+    heads = found.get("rotary") or found.get("attention") or found.get("head norm")
     return Part(
         operators, tuple(operator.name for operator in operators),
         weight if "gemm" in found else None, bias if "bias" in found else None,

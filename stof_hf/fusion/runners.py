@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .layer import Context, implementation, rotate, split
+from .layer import Context, implementation, norm_heads, rotate, split
 from .parts import Part
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
@@ -267,6 +267,11 @@ def _residual(part: Part, _: Shape) -> Step:
     return lambda rows, residual, _: (rows + residual, residual)
 
 
+def _head_norm(part: Part, _: Shape) -> Step:
+    (operator,) = part.operators
+    return lambda rows, residual, _: (norm_heads(rows, operator), residual)
+
+
 def _rotary_torch(part: Part, shape: Shape) -> Step:
     to = part.attention
 
@@ -287,6 +292,7 @@ _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
     ("gate",): _gate,
     ("residual",): _residual,
     ("norm",): _norm_torch,
+    ("head norm",): _head_norm,
     ("rotary",): _rotary_torch,
 }
 

@@ -46,6 +46,12 @@ MODELS = {
     "modernbert": lambda width: transformers.ModernBertModel(
         transformers.ModernBertConfig(**sizes(width), pad_token_id=0, local_attention=16)
     ),
+    "t5": lambda width: transformers.T5EncoderModel(
+        transformers.T5Config(
+            vocab_size=97, d_model=width, d_kv=width // 4, d_ff=width * 3 // 2, num_layers=2,
+            num_heads=4, feed_forward_proj="gated-gelu",
+        )
+    ),
     "vit": lambda width: transformers.ViTModel(
         transformers.ViTConfig(
             **{k: v for k, v in sizes(width).items() if k != "vocab_size"},

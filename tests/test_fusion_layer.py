@@ -42,16 +42,18 @@ def ran(monkeypatch):
 
 def test_outputs_and_state_are_what_they_were(model, inputs, ran):
     want, names = first(model, inputs), list(model.state_dict())
-    assert len(install(find(model))) == 2 and len(install(find(model))) == 2 and not ran
+    # Of T5's two blocks, whose halves count, one self-attention runs its own code.
+    count = 3 if model.config.model_type == "t5" else 2
+    assert len(install(find(model))) == len(install(find(model))) == count and not ran
     torch.testing.assert_close(first(model, inputs), want)
-    assert len(ran) == 2
+    assert len(ran) == count
     assert list(model.state_dict()) == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         ran.clear()
         torch.testing.assert_close(first(other, inputs), want)
-        assert len(ran) == 2
-        assert restore(other) == 2
-    assert restore(model) == 2 and restore(model) == 0
+        assert len(ran) == count
+        assert restore(other) == count
+    assert restore(model) == count and restore(model) == 0
     assert torch.equal(first(model, inputs), want)
 
 
@@ -92,5 +94,6 @@ def test_weights_that_change_are_seen(model, inputs):
 
 
 def test_every_layer_has_legal_schemes(model):
-    layers = [found.layer for found in find(model)]
-    assert len(layers) == 2 and all(len(schemes(layer.names)) >= 16 for layer in layers)
+    layers = [found.layer for found in find(model) if found.reason is None]
+    least = 2 if model.config.model_type == "t5" else 16
+    assert layers and all(len(schemes(layer.names)) >= least for layer in layers)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import StofWarning, UnsupportedError
 from .guard import Guard, layer_of, refusal
-from .layer import Context, Layer, implementation
+from .layer import Context, Layer, attention_of, implementation
 from .layer_ops import SEGMENTS, Scheme
 from .packing import pack
 from .parts import part_of
@@ -172,17 +172,19 @@ class Fused:
         """Pack weights now, rather than in the first call."""
         self._remake(module, make)
 
-    def run(
-        self, module: nn.Module, make: Any, hidden: torch.Tensor, context: Context
-    ) -> torch.Tensor | None:
-        """The layer's result [B, S, N], or None where its own code has to run."""
+    def run(self, module: nn.Module, make: Any, hidden: torch.Tensor, context: Context) -> Any:
+        """What the layer returns, or None where its own code has to run."""
         made = self._made
         if made is not None and made.module is not module:
             # A replica, such as DataParallel makes, has weights of its own.
             return None
         if made is None or not made.guard.holds():
             made = self._remake(module, make)
-        if made is None or implementation(made.config) not in IMPLEMENTATIONS:
+        if made is None:
+            return None
+        if made.config is not None and implementation(made.config) not in IMPLEMENTATIONS:
+            return None
+        if made.layer.returns_bias and context.position_bias is None:
             return None
         key = hidden.shape, hidden.dtype, hidden.device
         steps = self._plans.get(key, _UNKNOWN)
@@ -197,8 +199,10 @@ class Fused:
         # Kernels that are prepared launch on the current device.
         if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
             with torch.cuda.device(hidden.device):
-                return _through(steps, hidden, context)
-        return _through(steps, hidden, context)
+                out = _through(steps, hidden, context)
+        else:
+            out = _through(steps, hidden, context)
+        return (out, context.position_bias, None) if made.layer.returns_bias else out
 
     def _remake(self, module: nn.Module, make: Any) -> _Made | None:
         # What was refused is looked at again only once it has changed.
@@ -216,9 +220,10 @@ class Fused:
             reason = f"it is tuned for {self.dtype}, its weights are {dtype}: tune again"
         if reason is None:
             weights = Weights.of(layer)
-            attention = next(op.attention for op in layer.operators if op.name == "attention")
+            attention = attention_of(layer)
+            config = None if attention is None else attention.module.config
             # What packing moved is where the guard expects it.
-            self._made = _Made(module, Guard(module), layer, weights, attention.module.config)
+            self._made = _Made(module, Guard(module), layer, weights, config)
             return self._made
         with contextlib.suppress(RuntimeError):  # tensors that lie nowhere
             self._refused = Guard(module)

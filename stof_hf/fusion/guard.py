@@ -125,5 +125,7 @@ def layer_of(layer_module: nn.Module, make: Any) -> Layer | str:
     """The layer's operators, or why there are none."""
     try:
         return make(layer_module)
-    except (AttributeError, TypeError, UnsupportedError) as error:
+    except UnsupportedError as error:
+        return str(error)
+    except (AttributeError, TypeError) as error:
         return f"its modules are not what is expected: {error}"

@@ -22,7 +22,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from .fused import Choice, Fused, dtype_of
 from .guard import layer_of, refusal
-from .layer import Context, Layer, attention_function
+from .layer import Context, Layer, attention_of, implementation
 from .packing import unpack
 from .parts import kind
 from .runners import IMPLEMENTATIONS
@@ -30,10 +30,11 @@ from .runners import IMPLEMENTATIONS
 __all__ = ["Found", "context_of", "find", "install", "patch_of", "restore"]
 
 #: Modules of stof_hf.patches.
-FAMILIES = ("bert", "distilbert", "gpt2", "llama", "modernbert", "vit")
+FAMILIES = ("bert", "distilbert", "gpt2", "llama", "modernbert", "t5", "vit")
 #: What a layer may be called with and still be computed by its operators, by the names that
 #: Transformers' layers use; anything else that is given runs the layer's own code.
 _MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"
+_BIAS = "position_bias"
 _IGNORED = frozenset(("position_ids", "use_cache", "cache_position", "output_attentions"))
 
 
@@ -88,8 +89,10 @@ def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
     reason = layer if isinstance(layer, str) else refusal(module, layer, tied)
     if reason is None and "forward" in vars(module):
         reason = "it has a forward of its own (offloaded weights, or a patch)"
-    if reason is None and (chosen := attention_function(layer)) not in IMPLEMENTATIONS:
-        reason = f"its attention function is {chosen!r}: set_attn_implementation('stof')"
+    if reason is None and (attention := attention_of(layer)) is not None:
+        chosen = implementation(attention.module.config)
+        if chosen not in IMPLEMENTATIONS:
+            reason = f"its attention function is {chosen!r}: set_attn_implementation('stof')"
     if reason is not None:
         return Found(name, module, None, None, reason)
     return Found(name, module, kind(original_class(module), layer), layer, None)
@@ -103,6 +106,8 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
             continue
         if name == _ROTARY:
             context.position_embeddings = value
+        elif name == _BIAS:
+            context.position_bias = value
         elif name == _CACHE:
             # Decoders with cross-attention have two in one.
             context.cache = getattr(value, "self_attention_cache", value)
@@ -126,7 +131,7 @@ class _Replaced:
 
     def _fused(
         self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> torch.Tensor | None:
+    ) -> Any:
         cls, fused = type(self), self.__dict__.get("_stof_fused")
         if args:
             kwargs = kwargs | dict(zip(_positional(cls), args, strict=False))

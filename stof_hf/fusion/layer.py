@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 __all__ = [
-    "Attention", "Context", "Layer", "Operator", "Rows", "attention_function", "implementation",
+    "Attention", "Context", "Layer", "Operator", "Rows", "attention_of", "implementation",
     "product",
 ]  # fmt: skip
 
@@ -62,6 +62,7 @@ class Context:
     mask: Any = None
     cache: Any = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    position_bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -74,11 +75,19 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layer:
-    """Args: operators in the order in which they run. norm_first: whether a norm begins a block
-    (GPT-2, LLaMA), so that what stands in front of it is the residual, or ends one (BERT)."""
+    """What a layer computes.
+
+    Args:
+        operators: in the order in which they run.
+        norm_first: whether a norm begins a block (GPT-2, LLaMA), so that what stands in front of it
+            is the residual, or ends one (BERT).
+        returns_bias: whether the layer is given a position bias, and returns (rows, the position
+            bias, None) as T5's do.
+    """
 
     operators: tuple[Operator, ...]
     norm_first: bool
+    returns_bias: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -140,10 +149,9 @@ def implementation(config: Any) -> str:
     return kept or config._attn_implementation
 
 
-def attention_function(layer: Layer) -> str:
-    """The name of the one that a layer is set to now."""
-    attention = next(op.attention for op in layer.operators if op.name == "attention")
-    return implementation(attention.module.config)
+def attention_of(layer: Layer) -> Attention | None:
+    """A layer's attention, if it has one."""
+    return next((op.attention for op in layer.operators if op.name == "attention"), None)
 
 
 def split(rows: torch.Tensor, to: Attention) -> tuple[torch.Tensor, ...]:
@@ -180,5 +188,6 @@ def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
         k, v = context.cache.update(k, v, to.module.layer_idx)
     eager = getattr(sys.modules[type(to.module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get(implementation(to.module.config), eager)
-    out, _ = function(to.module, q, k, v, context.mask, dropout=0.0, scaling=to.scaling)
+    bias = {} if context.position_bias is None else {"position_bias": context.position_bias}
+    out, _ = function(to.module, q, k, v, context.mask, dropout=0.0, scaling=to.scaling, **bias)
     return out.reshape(*rows.shape[:2], -1)

@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "QuickGELUActivation": "quick_gelu", "SiLUActivation": "silu", "SiLU": "silu", "ReLU": "relu",
 }  # fmt: skip
 #: Classes that multiply rows by weight / rms(row).
-RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+RMS_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "T5LayerNorm")
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,8 @@ def _attention(part: Part, params: Params, shape: Shape) -> Step:
         if context.cache is not None:
             k, v = context.cache.update(k, v, module.layer_idx)
         function = ALL_ATTENTION_FUNCTIONS.get(implementation(config), eager)
-        out, _ = function(module, q, k, v, context.mask, dropout=0.0, scaling=scaling)
+        bias = {} if context.position_bias is None else {"position_bias": context.position_bias}
+        out, _ = function(module, q, k, v, context.mask, dropout=0.0, scaling=scaling, **bias)
         return out.reshape(rows_of).contiguous(), residual
 
     return step

@@ -51,7 +51,10 @@ def make_inputs(
     pad = getattr(config, "pad_token_id", None)
     if pad is not None:
         ids[ids == pad] = (pad + 1) % config.vocab_size
-    return {"input_ids": ids.to(device)}
+    inputs = {"input_ids": ids.to(device)}
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
 
 
 def run(model: nn.Module, inputs: Inputs, phase: str) -> tuple[Callable[[], Any], bool]:
@@ -61,15 +64,19 @@ def run(model: nn.Module, inputs: Inputs, phase: str) -> tuple[Callable[[], Any]
         UnsupportedError: decoding with a model that keeps no cache.
     """
     body = model
-    if set(inputs) <= {"input_ids", "attention_mask", "pixel_values"}:
+    if set(inputs) <= {"input_ids", "decoder_input_ids", "attention_mask", "pixel_values"}:
         # Neither logits nor other heads.
         body = getattr(model, "base_model", model)
     if not hasattr(model.config, "use_cache"):
         if phase != "forward":
             raise UnsupportedError(f"{type(model).__name__} keeps no cache: tune it as a forward")
         return lambda: body(**inputs), False
-    if phase != "decode":
-        return lambda: body(**inputs, use_cache=phase == "prefill"), False
+    if phase == "forward":
+        return lambda: body(**inputs, use_cache=False), False
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{type(model).__name__} has an encoder: tune it as a forward")
+    if phase == "prefill":
+        return lambda: body(**inputs, use_cache=True), False
     if set(inputs) - {"input_ids", "attention_mask"}:
         raise UnsupportedError("decoding is tuned with input_ids and attention_mask alone")
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import StofError, UnsupportedError
 from ..fusion.fused import Choice, Weights, steps_of
 from ..fusion.install import Found, context_of, original_class
-from ..fusion.layer import Attention, Context, Rows
+from ..fusion.layer import Context, Rows, attention_of, implementation
 from ..fusion.parts import Part, part_of
 from ..fusion.runners import TEMPLATES, Params
 from ..masks.sparse_mask import SparseMask
@@ -101,8 +101,9 @@ class Sample:
         if part.attention is not None:
             size = f"{self.shape[0]} x {self.shape[1]}"
         if part.names == ("attention",):
-            config = part.attention.module.config
-            size += f", {self.tokens} keys, mask {self.mask}, {config._attn_implementation}"
+            chosen = implementation(part.attention.module.config)
+            bias = "" if self.context.position_bias is None else ", biased"
+            size += f", {self.tokens} keys, mask {self.mask}{bias}, {chosen}"
         return f"[{part.text}] {size} {_name(self.hidden.dtype)}"
 
     def try_once(self, bounds: tuple[int, int], template: str, params: Params) -> Any:
@@ -113,15 +114,11 @@ class Sample:
 
     def layer_key(self, choice: Choice | None) -> str:
         """The same for a whole layer; None is its own code."""
-        config = self._attention.module.config
         size = f"{self.shape[0]} x {self.shape[1]}, {self.tokens} keys, mask {self.mask}"
-        size += f", {config._attn_implementation}"
+        if (attention := attention_of(self.layer)) is not None:
+            size += f", {implementation(attention.module.config)}"
         what = "own code" if choice is None else f"{choice.scheme} {list(choice.segments)}"
         return f"{self.kind} {what} {size} {_name(self.hidden.dtype)}"
-
-    @property
-    def _attention(self) -> Attention:
-        return next(op.attention for op in self.layer.operators if op.name == "attention")
 
     def calls(
         self, bounds: tuple[int, int], template: str, params: Params
@@ -255,8 +252,8 @@ def capture(
 def _sample(kind: str, layers: list[Found], call: dict[str, Any]) -> Sample | None:
     hidden, *_ = _names(original_class(layers[0].module))
     kwargs = {name: value for name, value in call.items() if name != hidden}
-    if (cache := kwargs.get("past_key_values")) is not None:
-        attention = next(o.attention for o in layers[0].layer.operators if o.name == "attention")
+    attention = attention_of(layers[0].layer)
+    if attention is not None and (cache := kwargs.get("past_key_values")) is not None:
         kwargs["past_key_values"] = _Frozen(*cache.update.results[attention.module.layer_idx])
     context = context_of(kwargs)
     return None if context is None else Sample(kind, layers, call[hidden], kwargs, context)

@@ -54,7 +54,7 @@ def tune(
 
     Args:
         model: a Transformers model (BERT, RoBERTa, ELECTRA, DistilBERT, GPT-2, LLaMA, Mistral,
-            Qwen2, Qwen3, ModernBERT, ViT), on the device and in the dtype in which it will run.
+            Qwen2, Qwen3, ModernBERT, T5, ViT), on the device and in the dtype in which it will run.
         example_inputs: what the model is called with, instead of random inputs of a shape.
         batch_size, seq_len: of random inputs; by default 1, and as many tokens as the model takes,
             but at most 512. In decoding, seq_len counts the keys.

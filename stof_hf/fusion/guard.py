@@ -85,26 +85,31 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
             name = names.get(id(inner), type(inner).__name__)
             if operator.name == "gemm" and type(inner) not in (nn.Linear, Conv1D):
                 return f"{name} is a {type(inner).__name__}, not nn.Linear"
-            used += [(f"{name}.{key}", p) for key, p in inner._parameters.items() if p is not None]
+            mine = [(f"{name}.{key}", p) for key, p in inner._parameters.items() if p is not None]
+            if reason := next(filter(None, (_unlike(*each) for each in mine)), None):
+                return reason
+            used += mine
         if operator.name == "gemm":
             biases = {inner.bias is None for inner in operator.modules}
             if len(biases) > 1:
                 return "of projections side by side, some have a bias and some do not"
             if len(operator.modules) > 1 and (reason := _packable(operator.modules, names, tied)):
                 return reason
-    for name, parameter in used:
-        if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-            return f"{name} is a {type(parameter.data).__name__} (tensor parallel or quantised)"
-        if parameter.is_meta:
-            return f"{name} is offloaded"
-        if parameter.dtype not in _DTYPES:
-            return f"{name} is {parameter.dtype}"
     weights = [(name, p) for name, p in used if p.ndim == 2]
     for name, parameter in weights:
         first = weights[0][1]
         if (parameter.dtype, parameter.device) != (first.dtype, first.device):
             return f"{name} is {parameter.dtype} on {parameter.device}, unlike {weights[0][0]}"
     return None
+
+
+def _unlike(name: str, parameter: nn.Parameter) -> str | None:
+    """What keeps kernels from reading a parameter, if anything does."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
+        return f"{name} is a {type(parameter.data).__name__} (tensor parallel or quantised)"
+    if parameter.is_meta:
+        return f"{name} is offloaded"
+    return None if parameter.dtype in _DTYPES else f"{name} is {parameter.dtype}"
 
 
 def _packable(modules: tuple[nn.Module, ...], names: dict[int, str], tied: set[int]) -> str | None:
@@ -114,8 +119,6 @@ def _packable(modules: tuple[nn.Module, ...], names: dict[int, str], tied: set[i
                 continue
             if id(parameter) in tied:
                 return f"{names[id(inner)]}.{key} is tied to another module's"
-            if parameter.is_meta:
-                return f"{names[id(inner)]}.{key} is offloaded"
             if parameter.untyped_storage().nbytes() != parameter.nbytes:
                 return f"{names[id(inner)]}.{key} is part of another tensor"
     return None

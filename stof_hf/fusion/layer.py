@@ -93,13 +93,6 @@ class Layer:
     def names(self) -> tuple[str, ...]:
         return tuple(operator.name for operator in self.operators)
 
-    def run(self, hidden: torch.Tensor, context: Context) -> torch.Tensor:
-        """The layer's result, operator by operator."""
-        state = Rows(hidden, hidden)
-        for operator in self.operators:
-            state = self.compute(operator, state, context)
-        return state.rows
-
     def compute(self, operator: Operator, state: Rows, context: Context) -> Rows:
         """One operator, as PyTorch has it."""
         rows, residual = state.rows, state.residual

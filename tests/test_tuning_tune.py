@@ -362,3 +362,17 @@ def test_a_decoder_with_two_caches():
         )
         assert report.layers[0].seq_len == 12
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), want)
+
+
+def test_a_pattern_is_part_of_what_was_tuned(invented):
+    model = build("bert")
+    keys = []
+    for pattern in (None, stof_hf.patterns.SlidingWindow(16, 16), stof_hf.patterns.BigBird(16)):
+        stof_hf.set_pattern(model, None)
+        if pattern is not None:
+            stof_hf.set_pattern(model, pattern)
+        stof_hf.tune(model, seq_len=500, budget_s=5, progress=False)
+        keys.append({key for key in invented.times if key.startswith("attention(")})
+    assert [len(found) for found in keys] == [1, 2, 3]
+    (file,) = [file for file in cache.list_() if not file.shipped]
+    assert {key.mask for key in file.entries} >= {"none", "1/8"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from ..fusion.install import Found, context_of, original_class
 from ..fusion.layer import Context, Rows, attention_of, implementation
 from ..fusion.parts import Part, part_of
 from ..fusion.runners import TEMPLATES, Params
+from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from .keys import mask_bucket
 
@@ -71,13 +73,39 @@ class Sample:
             self._parts[bounds] = part_of(self.layer, *bounds, self.weights[0])
         return self._parts[bounds]
 
-    @property
+    @cached_property
     def mask(self) -> str:
-        """The bucket of the mask that the layers were called with."""
-        mask = self.context.mask
+        """The bucket of the mask that the layers were called with, or of their pattern's."""
+        mask, shares = self.context.mask, []
         if isinstance(mask, SparseMask):
-            return mask_bucket(mask.valid_share)
+            shares.append(mask.valid_share)
+        if (pattern := self.pattern) is not None:
+            queries, keys = self.shape[1], self.tokens
+            own = SparseMask.from_pattern(pattern, queries, keys, q_offset=keys - queries)
+            shares.append(own.valid_share)
+        if shares:
+            return mask_bucket(min(shares))
         return "none" if mask is None else "dense"
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """What `set_pattern` set on the first layer's attention."""
+        attention = attention_of(self.layer)
+        if attention is None or implementation(attention.module.config) != "stof":
+            return None
+        stamp = vars(attention.module).get("_stof_stamp")
+        return None if stamp is None else stamp.pattern
+
+    @cached_property
+    def _attended(self) -> str:
+        """What decides how long attention takes, beyond its heads."""
+        attention = attention_of(self.layer)
+        if attention is None:
+            return ""
+        bias = "" if self.context.position_bias is None else ", biased"
+        pattern = "" if self.pattern is None else f", pattern {_digest(self.pattern.fingerprint)}"
+        chosen = implementation(attention.module.config)
+        return f", {self.tokens} keys, mask {self.mask}{pattern}{bias}, {chosen}"
 
     @cached_property
     def states(self) -> list[Rows]:
@@ -101,9 +129,7 @@ class Sample:
         if part.attention is not None:
             size = f"{self.shape[0]} x {self.shape[1]}"
         if part.names == ("attention",):
-            chosen = implementation(part.attention.module.config)
-            bias = "" if self.context.position_bias is None else ", biased"
-            size += f", {self.tokens} keys, mask {self.mask}{bias}, {chosen}"
+            size += self._attended
         return f"[{part.text}] {size} {_name(self.hidden.dtype)}"
 
     def try_once(self, bounds: tuple[int, int], template: str, params: Params) -> Any:
@@ -114,9 +140,7 @@ class Sample:
 
     def layer_key(self, choice: Choice | None) -> str:
         """The same for a whole layer; None is its own code."""
-        size = f"{self.shape[0]} x {self.shape[1]}, {self.tokens} keys, mask {self.mask}"
-        if (attention := attention_of(self.layer)) is not None:
-            size += f", {implementation(attention.module.config)}"
+        size = f"{self.shape[0]} x {self.shape[1]}{self._attended}"
         what = "own code" if choice is None else f"{choice.scheme} {list(choice.segments)}"
         return f"{self.kind} {what} {size} {_name(self.hidden.dtype)}"
 
@@ -192,6 +216,10 @@ def _check(got: torch.Tensor, want: torch.Tensor, what: str) -> None:
 
 #: Relative errors that no rounding explains. Products of fp32 take three TF32 ones.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _name(dtype: torch.dtype) -> str:

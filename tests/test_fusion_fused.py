@@ -339,6 +339,7 @@ def test_t5_decoders(projection, monkeypatch, tmp_path):
         stof_hf.tune(model, phase="prefill", progress=False)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_tracing_and_compiling_see_the_layers_own_code(model, inputs):
     want = first(model, inputs)
     install(find(model))

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import transformers
+
+#: For tests of templates on tensors of the CPU.
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="Triton kernels run on the GPU here, not on the CPU"
+)
 
 
 def sizes(width: int) -> dict[str, int]:

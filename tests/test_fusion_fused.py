@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from layers import build, first, inputs_of
+from layers import build, first, inputs_of, interpreted
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
@@ -443,6 +443,7 @@ def test_every_segment_names_templates():
     assert {name for names in SEGMENTS.values() for name in names} == set(TEMPLATES)
 
 
+@interpreted
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2", "t5"])
 @pytest.mark.parametrize("which", ["longest", "cut at norms"])
 def test_templates_compute_what_the_layers_do(name, which):

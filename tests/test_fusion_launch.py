@@ -138,7 +138,8 @@ class Repeating:
 
 
 def _rows(*shape):
-    return torch.randn(*shape, dtype=torch.float16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.randn(*shape, dtype=torch.float16, device=device)
 
 
 WEIGHT, VECTOR = _rows(64, 64), _rows(64)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from layers import build, first, inputs_of
+from layers import build, first, inputs_of, interpreted
 
 import stof_hf
 from stof_hf.errors import StofError, StofWarning, UnsupportedError
@@ -64,6 +64,7 @@ def test_tune_on_the_cpu(name):
     assert torch.equal(first(model, inputs), want)
 
 
+@interpreted
 @pytest.mark.parametrize("name", NAMES)
 def test_a_search_on_recorded_times_installs_templates(name, invented):
     """Whose times are a GPU's, so that Triton's interpreter computes what is chosen."""
@@ -269,6 +270,7 @@ def test_the_model_stays_in_training_mode():
     assert [module.training for module in model.modules()] == modes
 
 
+@interpreted
 def test_apply_false_changes_nothing(invented):
     model = build("llama")
     report = stof_hf.tune(model, seq_len=16, budget_s=5, apply=False, progress=False)
@@ -287,6 +289,7 @@ def test_nothing_tuned():
         stof_hf.apply_tuned(build("bert"), strict=True)
 
 
+@interpreted
 def test_a_result_of_templates_that_are_gone_is_not_used(invented, monkeypatch):
     model = build("bert")
     stof_hf.tune(model, seq_len=16, budget_s=5, progress=False)

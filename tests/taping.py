@@ -1,0 +1,100 @@
+"""What stands in for CUDA graphs on the CPU: a tape of operators, repeated on the same memory.
+
+Python does not run again in a replay, so that whatever it decided or read while the tape was made
+shows where it was wrong for other inputs. Reading values while recording is an error, as on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from stof_hf import UnsupportedError
+from stof_hf.hf import masks
+
+_READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
+
+
+def _storages(values: Any) -> set[int]:
+    return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
+
+
+class _Taping(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket.__name__ in _READS:
+            raise UnsupportedError(f"{func} reads values on the host")
+        out = func(*args, **kwargs)
+        shared = _storages((args, kwargs))
+        # Views and what works in place need no copy.
+        written = [None if _storages(x) & shared else x for x in tree_leaves(out)]
+        self.steps.append((func, args, kwargs, written))
+        return out
+
+
+class Tape:
+    """As `stof_hf.runtime.recorder.Recording`."""
+
+    def __init__(self, recorder: TapeRecorder, steps: list[Any], outputs: Any):
+        self.recorder, self.steps, self.outputs = recorder, steps, outputs
+
+    def replay(self) -> None:
+        # Memory is shared: what another replay left in it is gone.
+        for tape in self.recorder.tapes:
+            tape.poison()
+        for func, args, kwargs, written in self.steps:
+            for old, new in zip(written, tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor):
+                    old.copy_(new)
+        self.recorder.replays += 1
+
+    def poison(self) -> None:
+        for *_, written in self.steps:
+            for x in written:
+                if isinstance(x, torch.Tensor):
+                    x.fill_(float("nan") if x.is_floating_point() else 77)
+
+    def release(self) -> None:
+        self.recorder.tapes.remove(self)
+        self.poison()
+
+
+class TapeRecorder:
+    """As `stof_hf.runtime.recorder.Recorder`."""
+
+    device_type = "cpu"
+    #: The last one that was made.
+    latest: TapeRecorder
+
+    def __init__(self) -> None:
+        self.tapes: list[Tape] = []
+        self.captures = self.replays = 0
+        TapeRecorder.latest = self
+
+    @staticmethod
+    def capturing() -> bool:
+        return False
+
+    def order(self, device: torch.device) -> None:
+        pass
+
+    def capture(self, run: Any, device: torch.device) -> Tape:
+        self.captures += 1
+        # A GPU is not asked whether a mask is all ones.
+        with patch.object(masks, "_all_ones_for_free", lambda _: False):
+            run()
+            # What Transformers asks before it reads a mask.
+            asked = "transformers.utils.import_utils.is_cuda_stream_capturing"
+            with patch(asked, lambda: True), _Taping() as taping:
+                outputs = run()
+        tape = Tape(self, taping.steps, outputs)
+        self.tapes.append(tape)
+        return tape

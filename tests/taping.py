@@ -6,6 +6,8 @@ shows where it was wrong for other inputs. Reading values while recording is an 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stof_hf import UnsupportedError
+from stof_hf import MaskError, SparseMask, UnsupportedError
 from stof_hf.hf import masks
 
 _READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select"}
@@ -21,6 +23,19 @@ _READS = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_selec
 
 def _storages(values: Any) -> set[int]:
     return {x.untyped_storage()._cdata for x in tree_leaves(values) if isinstance(x, torch.Tensor)}
+
+
+@contextlib.contextmanager
+def _no_builds() -> Iterator[None]:
+    """Masks that are not there already cannot be built, as while a graph is captured."""
+
+    def build(*_: Any, **__: Any) -> Any:
+        raise MaskError("a mask cannot be built while a CUDA graph is captured")
+
+    with contextlib.ExitStack() as stack:
+        for name in ("from_pattern", "from_function", "from_dense", "from_block_mask"):
+            stack.enter_context(patch.object(SparseMask, name, build))
+        yield
 
 
 class _Taping(TorchDispatchMode):
@@ -93,7 +108,7 @@ class TapeRecorder:
             run()
             # What Transformers asks before it reads a mask.
             asked = "transformers.utils.import_utils.is_cuda_stream_capturing"
-            with patch(asked, lambda: True), _Taping() as taping:
+            with patch(asked, lambda: True), _no_builds(), _Taping() as taping:
                 outputs = run()
         tape = Tape(self, taping.steps, outputs)
         self.tapes.append(tape)

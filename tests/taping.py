@@ -2,6 +2,7 @@
 
 Python does not run again in a replay, so that whatever it decided or read while the tape was made
 shows where it was wrong for other inputs. Reading values while recording is an error, as on a GPU.
+Below, the calls that tests of either make and compare.
 """
 
 from __future__ import annotations
@@ -113,3 +114,44 @@ class TapeRecorder:
         tape = Tape(self, taping.steps, outputs)
         self.tapes.append(tape)
         return tape
+
+
+def ids(batch, length, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 97, (batch, length), generator=generator)
+
+
+def masked(batch, length, left=0, right=0, seed=0, dtype=torch.int64):
+    """Inputs whose first row is padded on the right and whose last one is on the left."""
+    mask = torch.ones(batch, length, dtype=dtype)
+    mask[0, length - right :] = 0
+    mask[-1, :left] = 0
+    return {"input_ids": ids(batch, length, seed), "attention_mask": mask}
+
+
+def same(got, wanted, mask=None, tolerance=2e-6):
+    """Equal, but for tokens that the mask hides."""
+    assert type(got) is type(wanted)
+    if isinstance(wanted, torch.Tensor):
+        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
+        if mask is not None and got.shape[:2] == mask.shape:
+            got, wanted = got[mask.bool()], wanted[mask.bool()]
+        torch.testing.assert_close(got, wanted, atol=tolerance, rtol=1e-5)
+    elif isinstance(wanted, dict):
+        assert list(got) == list(wanted)
+        for key in wanted:
+            same(got[key], wanted[key], mask, tolerance)
+    elif isinstance(wanted, (tuple, list)):
+        assert len(got) == len(wanted)
+        for one, other in zip(got, wanted, strict=True):
+            same(one, other, mask, tolerance)
+    else:
+        assert got is wanted is None
+
+
+@torch.no_grad()
+def compare(model, plain, calls, tolerance=2e-6, **options):
+    """All calls first, so that a result that a later call writes to shows."""
+    results = [model(**call, **options) for call in calls]
+    for got, call in zip(results, calls, strict=True):
+        same(got, plain(**call, **options), call.get("attention_mask"), tolerance)

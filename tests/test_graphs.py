@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from layers import SIZES, build, inputs_of
-from taping import TapeRecorder
+from taping import TapeRecorder, compare, ids, masked, same
 from torch import nn
 
 import stof_hf
@@ -37,47 +37,6 @@ def graphed(name, implementation="stof", **options):
     model, plain = build(name, implementation), build(name, implementation)
     stof_hf.use_graphs(model, **options)
     return model, plain, TapeRecorder.latest
-
-
-def ids(batch, length, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 97, (batch, length), generator=generator)
-
-
-def masked(batch, length, left=0, right=0, seed=0, dtype=torch.int64):
-    """Inputs whose first row is padded on the right and whose last one is on the left."""
-    mask = torch.ones(batch, length, dtype=dtype)
-    mask[0, length - right :] = 0
-    mask[-1, :left] = 0
-    return {"input_ids": ids(batch, length, seed), "attention_mask": mask}
-
-
-def same(got, wanted, mask=None, tolerance=2e-6):
-    """Equal, but for tokens that the mask hides."""
-    assert type(got) is type(wanted)
-    if isinstance(wanted, torch.Tensor):
-        assert (got.shape, got.dtype) == (wanted.shape, wanted.dtype)
-        if mask is not None and got.shape[:2] == mask.shape:
-            got, wanted = got[mask.bool()], wanted[mask.bool()]
-        torch.testing.assert_close(got, wanted, atol=tolerance, rtol=1e-5)
-    elif isinstance(wanted, dict):
-        assert list(got) == list(wanted)
-        for key in wanted:
-            same(got[key], wanted[key], mask, tolerance)
-    elif isinstance(wanted, (tuple, list)):
-        assert len(got) == len(wanted)
-        for one, other in zip(got, wanted, strict=True):
-            same(one, other, mask, tolerance)
-    else:
-        assert got is wanted is None
-
-
-@torch.no_grad()
-def compare(model, plain, calls, tolerance=2e-6, **options):
-    """All calls first, so that a result that a later call writes to shows."""
-    results = [model(**call, **options) for call in calls]
-    for got, call in zip(results, calls, strict=True):
-        same(got, plain(**call, **options), call.get("attention_mask"), tolerance)
 
 
 @pytest.mark.parametrize("implementation", ["stof", "sdpa", "eager"])
@@ -171,6 +130,43 @@ def test_a_cache_that_a_forward_returns_is_the_callers(name):
                 ((model, outs[1]), (plain, wanted[1]))]  # fmt: skip
         same(more[0].logits, more[1].logits)
     assert recorder.replays == 2
+
+
+@pytest.mark.parametrize("implementation", ["stof", "sdpa", "eager"])
+def test_encoder_and_decoder(implementation):
+    config = transformers.T5Config(
+        vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    model.set_attn_implementation(implementation)
+    plain = copy.deepcopy(model)
+    stof_hf.use_graphs(model)
+    steps = []
+    with torch.no_grad():
+        for i in range(4):
+            target = masked(2, 20, right=i)
+            call = masked(2, 50, left=i, right=2 * i, seed=i)
+            call |= {f"decoder_{name}": x for name, x in target.items()}
+            got, wanted = model(**call), plain(**call)
+            same(got.logits, wanted.logits, target["attention_mask"])
+            steps.append((got, wanted, call))
+        for got, wanted, call in steps:
+            encoded = (got.encoder_last_hidden_state,), (wanted.encoder_last_hidden_state,)
+            rest = {"attention_mask": call["attention_mask"], "decoder_input_ids": ids(2, 1)}
+            mine = model(encoder_outputs=encoded[0], past_key_values=got.past_key_values, **rest)
+            theirs = plain(
+                encoder_outputs=encoded[1], past_key_values=wanted.past_key_values, **rest
+            )
+            same(mine.logits, theirs.logits)
+    assert TapeRecorder.latest.replays == 3
+
+
+def test_a_cache_with_windows_is_not_captured():
+    model, plain, recorder = graphed("mistral")
+    with torch.no_grad(), pytest.warns(StofWarning, match="use_cache=False") as said:
+        for _ in range(5):
+            same(model(**masked(2, 50)).logits, plain(**masked(2, 50)).logits)
+    assert len(said) == 1 and not recorder.tapes
 
 
 @pytest.mark.parametrize(

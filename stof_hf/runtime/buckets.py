@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.utils import ModelOutput
 
 __all__ = [
@@ -173,7 +173,7 @@ def copy_out(
             for name in ("keys", "values"):
                 states = getattr(layer, name)
                 if type(layer) is not DynamicLayer or states is None:
-                    raise Unknown(f"a cache of {type(layer).__name__}: pass use_cache=False")
+                    raise Unknown(f"a cache of {type(layer).__name__}")
                 if size is not None:
                     if (states.shape[0], states.shape[2]) != bucket:
                         raise Unknown(f"a cache of {list(states.shape)}")
@@ -192,6 +192,12 @@ def copy_out(
             return type(x)(walk(value, name) for value in x)
         if type(x) is DynamicCache:
             return cache(x)
+        if type(x) is EncoderDecoderCache:
+            made = EncoderDecoderCache(
+                walk(x.self_attention_cache, name), walk(x.cross_attention_cache, name)
+            )
+            made.is_updated = dict(x.is_updated)
+            return made
         raise Unknown(f"a {type(x).__name__}")
 
     return walk(output, None)

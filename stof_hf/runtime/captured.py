@@ -48,8 +48,9 @@ class Captured:
             self._fill(tensors, sizes)
             # Transformers leaves out a mask of ones, but never while a graph is captured: the
             # warm-up has to take the same way.
-            if "attention_mask" in self._static:
-                self._static["attention_mask"][:, 0] = 0
+            for name, x in self._static.items():
+                if name.endswith("attention_mask"):
+                    x[:, 0] = 0
 
             def run() -> Any:
                 # What was made of a tensor's values and kept for its version is not for a graph.

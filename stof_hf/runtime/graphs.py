@@ -241,16 +241,18 @@ class Graphs:
             if sizes is not None:
                 self._exact.add(kind)
             else:
-                self._refuse(model, key, f"it returns {unknown}")
+                self._refuse(model, key, plain, f"it returns {unknown}")
             return _OWN
         except Exception as error:
-            self._refuse(model, key, f"{type(error).__name__}: {error}")
+            self._refuse(model, key, plain, f"{type(error).__name__}: {error}")
             return _OWN
         self._graphs[key] = graph
         return result
 
-    def _refuse(self, model: nn.Module, key: Any, reason: str) -> None:
+    def _refuse(self, model: nn.Module, key: Any, plain: dict[str, Any], reason: str) -> None:
         self._own.add(key)
+        if plain.get("use_cache", getattr(model.config, "use_cache", False)):
+            reason += "; pass use_cache=False if you do not need the cache"
         self._warn(model, reason)
 
     def _warn(self, model: nn.Module, reason: str) -> None:

@@ -21,17 +21,18 @@ _WARM_UPS = 2
 class Recording:
     """One captured run: `replay` repeats it, and writes `outputs` anew."""
 
-    def __init__(self, graph: Any, outputs: Any):
-        self._graph, self.outputs = graph, outputs
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Any, device: torch.device):
+        self.graph: torch.cuda.CUDAGraph | None = graph
+        self.outputs, self._device = outputs, device
 
     def replay(self) -> None:
-        self._graph.replay()
+        self.graph.replay()
 
     def release(self) -> None:
         """Give the memory back; a replay may still be running."""
-        torch.cuda.synchronize()
-        self._graph.reset()
-        self.outputs = None
+        torch.cuda.synchronize(self._device)
+        self.graph.reset()
+        self.graph = self.outputs = None
 
 
 class Recorder:
@@ -77,7 +78,7 @@ class Recorder:
                     run()
             current.wait_stream(self._side)
             # A pool whose last graph is gone cannot be joined any more.
-            if self._pool is None or not len(self._alive):
+            if self._pool is None or not any(one.graph for one in self._alive):
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device, such as those that pin a data loader's batches.
@@ -85,13 +86,14 @@ class Recorder:
                 graph, self._pool, self._side, capture_error_mode="thread_local"
             )
             try:
-                with captured, OnDevice():
+                # A capture that fails to end leaves the side stream as the current one.
+                with torch.cuda.stream(current), captured, OnDevice():
                     outputs = run()
             except BaseException:
                 # The allocator may still take a capture that failed to be using the pool.
                 self._pool = None
                 raise
-        recording = Recording(graph, outputs)
+        recording = Recording(graph, outputs, device)
         self._alive.add(recording)
         return recording
 

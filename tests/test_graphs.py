@@ -216,6 +216,12 @@ def test_sequences_up_to_the_last_position_are_not_padded_beyond_it():
     assert shapes == {90, 64}
 
 
+def test_large_calls_run_by_themselves():
+    model, plain, recorder = graphed("llama")
+    compare(model, plain, [{"input_ids": ids(9, 1900)}] * 2, use_cache=False)
+    assert recorder.captures == 0
+
+
 def test_outputs_that_cannot_be_cut_are_captured_at_their_own_shape():
     model, plain, recorder = graphed("bert", "eager")
     compare(model, plain, [masked(2, 50)] * 5, output_attentions=True)

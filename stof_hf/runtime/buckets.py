@@ -17,7 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.utils import ModelOutput
 
 __all__ = [
-    "Facts", "Size", "Unknown", "bucket_of", "copy_out", "facts_of", "padded_shape", "round_up",
+    "Facts", "Size", "Unknown", "bucket_of", "copy_out", "facts_of", "is_small", "padded_shape",
+    "round_up",
 ]  # fmt: skip
 
 
@@ -54,6 +55,9 @@ _PLAIN = {"use_cache", "output_hidden_states", "output_attentions", "return_dict
 #: The host launches a layer's kernels in about the time that 4,096 tokens take a GPU: beyond,
 #: padded tokens would cost more than the host does, and shapes stay what they are.
 _MOST_TOKENS = 4096
+#: Beyond, the GPU is behind the host in any model, and a graph would only hold memory and copy what
+#: is returned, such as logits.
+_MOST_CAPTURED = 16_384
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def facts_of(model: nn.Module, cls: type[nn.Module]) -> Facts | None:
         if not causal and getattr(config, "is_decoder", False):
             return None
         # RoBERTa counts positions from behind the padding token's.
-        first = config.pad_token_id + 1 if family == "Roberta" else 0
+        first = (config.pad_token_id or 0) + 1 if family == "Roberta" else 0
         axes = {**_AXES, "logits": heads[head]}
         return Facts(causal, axes, config.max_position_embeddings - first)
     return None
@@ -107,6 +111,12 @@ def round_up(size: Size) -> Size:
         power = 1 << (tokens - 1).bit_length()
         rounded = power * 3 // 4 if tokens <= power * 3 // 4 else power
     return Size(1 << (batch - 1).bit_length(), rounded)
+
+
+def is_small(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the host may be what a call waits for."""
+    main = tensors.get("input_ids", tensors.get("inputs_embeds"))
+    return main is None or main.ndim < 2 or main.shape[0] * main.shape[1] <= _MOST_CAPTURED
 
 
 def bucket_of(

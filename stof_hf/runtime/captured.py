@@ -54,7 +54,7 @@ class Captured:
 
             def run() -> Any:
                 # What was made of a tensor's values and kept for its version is not for a graph.
-                torch.autograd.graph.increment_version(self._static.values())
+                torch.autograd.graph.increment_version([*self._static.values()])
                 return forward(model, **self._static, **arguments)
 
             with noting() as masks:

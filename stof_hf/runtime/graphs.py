@@ -20,7 +20,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..errors import StofWarning, UnsupportedError
 from ..fusion import install
-from .buckets import Unknown, bucket_of, facts_of
+from .buckets import Unknown, bucket_of, facts_of, is_small
 from .captured import Captured, arguments_of, shapes_of
 from .recorder import Recorder
 from .watch import Watch, device_of, refusal
@@ -44,9 +44,10 @@ def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
     A call is captured when one like it comes the second time: the same arguments, and tensors whose
     shapes are in the same bucket. Encoders and decoders of text that `runtime.buckets` lists are
     padded to (powers of two, multiples of 64 tokens or more) as long as that is at most 4,096
-    tokens; everything else has graphs of exactly its own shapes. Results are the caller's own: no
-    later call writes to them. What is returned for a token that an attention mask hides may differ
-    from the model's own forward, in which it means nothing either.
+    tokens; everything else has graphs of exactly its own shapes, and beyond 16,384 tokens none,
+    because the GPU is then behind the host. Results are the caller's own: no later call writes to
+    them. What is returned for a token that an attention mask hides may differ from the model's own
+    forward, in which it means nothing either.
 
     The model's own forward runs in training mode, with gradients, under autocast, torch.compile or
     a capture of the caller's, and for calls with labels, a cache (so `generate` stays what it is),
@@ -165,7 +166,7 @@ class Graphs:
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a forward returns, or _OWN where the model's own has to run."""
         given = arguments_of(type(model).replaced, args, kwargs)
-        if given is None:
+        if given is None or not is_small(given[0]):
             return _OWN
         tensors, plain = given
         device = next(iter(tensors.values())).device

@@ -132,9 +132,11 @@ class OnDevice(TorchFunctionMode):
             target = kinds.get(name) or _kind_of(*args[1:], *kwargs.values())
             if target not in (None, args[0].device.type):
                 raise _refused(name)
-        made_there = name in _MAKES and _kind_of(kwargs.get("device")) == self.kind
-        if made_there and not self._holds(args[0]) and args[0] != []:
-            raise _refused(f"torch.{name}")
+        if name in _MAKES and _kind_of(kwargs.get("device")) == self.kind:
+            source = args[0] if args else kwargs["data"]
+            # A cache begins with a tensor of nothing, which nobody copies.
+            if not self._holds(source) and not (isinstance(source, list) and not source):
+                raise _refused(f"torch.{name}")
         return func(*args, **kwargs)
 
     def _holds(self, x: Any) -> bool:

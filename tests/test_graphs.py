@@ -315,6 +315,9 @@ def test_positions_with_a_mask_are_kept():
         calls.append(call)
     compare(model, plain, calls, use_cache=False)
     assert recorder.replays == 3
+    calls = [masked(3, n) | {"position_ids": torch.arange(2, n + 2)[None]} for n in (50, 50, 41)]
+    compare(model, plain, calls, use_cache=False)
+    assert recorder.replays == 5
 
 
 def test_generate():

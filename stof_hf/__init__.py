@@ -33,6 +33,7 @@ __all__ = [
     "restore",
     "set_pattern",
     "tune",
+    "use_graphs",
 ]
 
 _LAZY = {
@@ -42,7 +43,8 @@ _LAZY = {
     "set_pattern": ("stof_hf.hf.patching", "set_pattern"),
     "tune": ("stof_hf.tuning.tune", "tune"),
     "apply_tuned": ("stof_hf.tuning.tune", "apply_tuned"),
-    "restore": ("stof_hf.fusion.install", "restore"),
+    "restore": ("stof_hf.runtime.graphs", "restore"),
+    "use_graphs": ("stof_hf.runtime.graphs", "use_graphs"),
 }
 
 # The public name is the function: __getattr__ finds it once the package no longer hides it.

@@ -168,6 +168,10 @@ class Fused:
         near = min(self.choices, key=lambda tuned: abs(math.log2(tuned / rows)))
         return self.choices[near]
 
+    def in_use(self) -> list[Any]:
+        """What the last calls ran with, which ever new shapes may throw away."""
+        return [self._made, *self._plans.values()]
+
     def prepare(self, module: nn.Module, make: Any) -> None:
         """Pack weights now, rather than in the first call."""
         self._remake(module, make)

@@ -17,7 +17,7 @@ from .layer import Layer
 __all__ = ["Guard", "layer_of", "refusal"]
 
 #: Where Transformers' hooks live that record outputs; they do nothing but when it records.
-_RECORDING = "transformers.utils.output_capturing"
+RECORDING = "transformers.utils.output_capturing"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _training = attrgetter("training")
 
@@ -72,7 +72,7 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
         if inner is layer_module:
             continue
         hooks = chain(inner._forward_hooks.values(), inner._forward_pre_hooks.values())
-        if any(getattr(hook, "__module__", None) != _RECORDING for hook in hooks):
+        if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
             return f"{name} has forward hooks"
         if "forward" in vars(inner):
             return f"{name} has a forward of its own (offloaded weights, or a patch)"

@@ -215,6 +215,11 @@ def replaced(model: nn.Module) -> Iterator[nn.Module]:
     return (module for module in model.modules() if isinstance(module, _Replaced))
 
 
+def in_use(model: nn.Module) -> list[Any]:
+    """What replaced layers made besides the weights: a CUDA graph needs it to stay."""
+    return [module.__dict__["_stof_fused"].in_use() for module in replaced(model)]
+
+
 def restore(model: nn.Module) -> int:
     """Put every layer that `tune` or `apply_tuned` replaced back as it was.
 

@@ -7,7 +7,11 @@ therefore built once for a round number of positions, and each step gets a view 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -17,6 +21,7 @@ from .pattern import Pattern
 from .sparse_mask import STRUCTURE, SparseMask
 
 _LEAST_POSITIONS = 4096
+_given: ContextVar[list[SparseMask] | None] = ContextVar("given", default=None)
 
 
 @lru_cache(maxsize=64)
@@ -33,6 +38,24 @@ def _built(
         for name in STRUCTURE:
             torch._dynamo.mark_static_address(getattr(mask, name))
     return mask
+
+
+def _shared(*arguments: Any) -> SparseMask:
+    mask = _built(*arguments)
+    if (given := _given.get()) is not None:
+        given.append(mask)
+    return mask
+
+
+@contextmanager
+def noting() -> Iterator[list[SparseMask]]:
+    """Masks that `mask_for` gives out meanwhile: a CUDA graph reads them after this forgot them."""
+    given: list[SparseMask] = []
+    token = _given.set(given)
+    try:
+        yield given
+    finally:
+        _given.reset(token)
 
 
 def mask_for(
@@ -61,12 +84,12 @@ def mask_for(
     # A function or tensor may hold no values beyond the positions asked for.
     longer = pattern.length_free and pattern.serializable
     if not longer or q_len > FEW_ROWS or (known and not q_offset and not on_device):
-        return _built(pattern, q_len, kv_len, int(q_offset), kv_offset, device)
+        return _shared(pattern, q_len, kv_len, int(q_offset), kv_offset, device)
     # With a tensor, the queries are among the keys: kv_len is the size of a static cache.
     positions = kv_offset + kv_len + q_len
     positions = max(positions, q_offset + q_len) if known else positions
     capacity = max(_LEAST_POSITIONS, 1 << (positions - 1).bit_length())
-    storage = _built(pattern, capacity, capacity, 0, 0, device)
+    storage = _shared(pattern, capacity, capacity, 0, 0, device)
     if not known:
         q_offset = q_offset.reshape(1).to(device, torch.int64)
         return storage.rows(q_offset, q_len, kv_len, col_start=kv_offset)

@@ -1,0 +1,266 @@
+"""CUDA graphs for a model's forward: `use_graphs`, and `restore`.
+
+A small forward takes the host longer to launch than the GPU to compute. Its launches are therefore
+captured, and repeated by a single one for every call of the same kind and bucket of shapes.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import threading
+import warnings
+from collections import OrderedDict
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _active_collector
+
+from ..errors import StofWarning, UnsupportedError
+from ..fusion import install
+from .buckets import Unknown, bucket_of, facts_of, is_small
+from .captured import Captured, arguments_of, shapes_of
+from .recorder import Recorder
+from .watch import Watch, device_of, refusal
+
+__all__ = ["restore", "use_graphs"]
+
+#: Kinds of calls that are remembered to have been seen once.
+_MOST_SEEN = 4096
+_OWN: Any = object()
+
+
+def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
+    """Let a model's forward replay CUDA graphs, so that small shapes do not wait for the host.
+
+    Args:
+        model: a Transformers model on a CUDA device. `tune` and `set_pattern` come before; after
+            them, as after weights that were moved, graphs are captured anew.
+        max_graphs: how many graphs are kept; the one that was not used for longest goes first. They
+            share one memory pool.
+
+    A call is captured when one like it comes the second time: the same arguments, and tensors whose
+    shapes are in the same bucket. Encoders and decoders of text that `runtime.buckets` lists are
+    padded to (powers of two, multiples of 64 tokens or more) as long as that is at most 4,096
+    tokens; everything else has graphs of exactly its own shapes, and beyond 16,384 tokens none,
+    because the GPU is then behind the host. Results are the caller's own: no later call writes to
+    them. What is returned for a token that an attention mask hides may differ from the model's own
+    forward, in which it means nothing either.
+
+    The model's own forward runs in training mode, with gradients, under autocast, torch.compile or
+    a capture of the caller's, and for calls with labels, a cache (so `generate` stays what it is),
+    packed sequences, or arguments that are neither tensors nor plain values. It runs, too, after
+    one warning that says why, where a forward cannot be captured. A forward that decides by
+    something other than its arguments, such as an attribute that somebody sets between calls, is
+    not for graphs. `stof_hf.restore(model)` takes them away.
+
+    Raises:
+        UnsupportedError: not a Transformers model, or not on a CUDA device.
+
+    >>> import stof_hf
+    >>> from transformers import BertConfig, BertModel
+    >>> stof_hf.use_graphs(BertModel(BertConfig(num_hidden_layers=1)))
+    Traceback (most recent call last):
+        ...
+    stof_hf.errors.UnsupportedError: CUDA graphs need a model on a GPU, this one lies on cpu: ...
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(
+            f"use_graphs takes a Transformers model, not a {type(model).__name__}: give the "
+            "PreTrainedModel inside it"
+        )
+    if device_of(model).type != Recorder.device_type:
+        raise UnsupportedError(
+            f"CUDA graphs need a model on a GPU, this one lies on {device_of(model)}: call "
+            'model.to("cuda") first'
+        )
+    if max_graphs < 1:
+        raise UnsupportedError(f"max_graphs must be at least 1, not {max_graphs}")
+    _forget(model)
+    model.__dict__["_stof_graphs"] = Graphs(max_graphs)
+    if not isinstance(model, _Graphed):
+        model.__class__ = _subclass(type(model))
+
+
+def restore(model: nn.Module) -> int:
+    """Put back every layer that `tune` or `apply_tuned` replaced, and take `use_graphs` back.
+
+    Weights that were packed get memory of their own again, so that outputs are bit for bit what
+    they were. Again, it changes nothing.
+
+    Returns:
+        How many layers were put back.
+    """
+    for module in model.modules():
+        if isinstance(module, _Graphed):
+            _forget(module)
+            module.__class__ = type(module).replaced
+    return install.restore(model)
+
+
+def _forget(model: nn.Module) -> None:
+    graphs = model.__dict__.pop("_stof_graphs", None)
+    if graphs is not None:
+        graphs.clear()
+
+
+class _Graphed:
+    """Stands in front of a model's class."""
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        # Classes made at run time have no name to be found by.
+        return _again, (type(self).replaced, self.__getstate__())
+
+
+def _again(cls: type[nn.Module], state: dict[str, Any]) -> nn.Module:
+    module = copyreg.__newobj__(_subclass(cls))
+    module.__setstate__(state)
+    return module
+
+
+@cache
+def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
+    # The same signature: Transformers and its users look up what a forward takes.
+    @wraps(cls.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (
+            torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()
+            or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
+            or _active_collector.get() is not None
+        ):  # fmt: skip
+            out = self.__dict__["_stof_graphs"].run(self, args, kwargs)
+            if out is not _OWN:
+                return out
+        return cls.forward(self, *args, **kwargs)
+
+    # The same name: Transformers finds what it records, and saves, by class or by name.
+    body = {"replaced": cls, "forward": forward, "__module__": cls.__module__}
+    return type(cls.__name__, (_Graphed, cls), body)
+
+
+class Graphs:
+    """The graphs of one model. Copies and pickles begin without any.
+
+    One lock for all: graphs share their memory, and a replay with what it copies must not be mixed
+    with another.
+    """
+
+    def __init__(self, max_graphs: int):
+        self.max_graphs = max_graphs
+        self._recorder = Recorder()
+        self._lock = threading.Lock()
+        self._graphs: OrderedDict[Any, Captured] = OrderedDict()
+        self._seen: set[Any] = set()
+        #: Calls that nothing can be captured of, and those that cannot be padded.
+        self._own: set[Any] = set()
+        self._exact: set[Any] = set()
+        self._warned: set[str] = set()
+        self._watch: Watch | None = None
+        self._refused = False
+
+    def __reduce__(self) -> Any:
+        return Graphs, (self.max_graphs,)
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a forward returns, or _OWN where the model's own has to run."""
+        given = arguments_of(type(model).replaced, args, kwargs)
+        if given is None or not is_small(given[0]):
+            return _OWN
+        tensors, plain = given
+        device = next(iter(tensors.values())).device
+        if device.type != self._recorder.device_type or torch.is_autocast_enabled(device.type):
+            return _OWN
+        if any(x.device != device for x in tensors.values()) or self._recorder.capturing():
+            return _OWN
+        with self._lock:
+            if self._watch is None or not self._watch.holds():
+                self._look_again(model)
+            if self._refused or device != self._device:
+                return _OWN
+            return self._run(model, tensors, plain)
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        for graph in self._graphs.values():
+            graph.recording.release()
+        self._graphs.clear()
+        self._own.clear()
+        self._exact.clear()
+
+    def _look_again(self, model: nn.Module) -> None:
+        self.clear()
+        self._device = device_of(model)
+        reason = refusal(model, self._recorder.device_type)
+        self._refused = reason is not None
+        self._facts = facts_of(model, type(model).replaced)
+        try:
+            self._watch = Watch(model)
+        except RuntimeError:  # tensors that lie nowhere
+            self._watch = None
+        if reason is not None:
+            self._warn(model, reason)
+
+    def _run(self, model: nn.Module, tensors: dict[str, torch.Tensor], plain: Any) -> Any:
+        sizes = bucket_of(self._facts, tensors, plain)
+        padded = tensors
+        if sizes is not None and sizes[0].tokens < sizes[1].tokens and not self._facts.causal:
+            one = torch.ones((), dtype=torch.int64, device=self._device)
+            padded = {"attention_mask": one.expand(sizes[0]), **tensors}
+        kind = (
+            *sorted((name, type(x), x) for name, x in plain.items()),
+            *sorted((name, x.dtype, x.ndim) for name, x in padded.items()),
+        )
+        if kind in self._exact:
+            sizes = None
+        else:
+            tensors = padded
+        key = (kind, sizes is None, *shapes_of(tensors, sizes))
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._graphs.move_to_end(key)
+            self._recorder.order(self._device)
+            return graph(tensors, sizes)
+        if key in self._own:
+            return _OWN
+        if key not in self._seen:
+            # A shape that never comes back is not worth a capture, which takes as long as many
+            # calls.
+            if len(self._seen) == _MOST_SEEN:
+                self._seen.clear()
+            self._seen.add(key)
+            return _OWN
+        if len(self._graphs) == self.max_graphs:
+            self._graphs.popitem(last=False)[1].recording.release()
+        self._recorder.order(self._device)
+        try:
+            graph = Captured(self._recorder, model, self._facts, tensors, plain, sizes)
+            result = graph(tensors, sizes)
+        except Unknown as unknown:
+            graph.recording.release()
+            if sizes is not None:
+                self._exact.add(kind)
+            else:
+                self._refuse(model, key, plain, f"it returns {unknown}")
+            return _OWN
+        except Exception as error:
+            self._refuse(model, key, plain, f"{type(error).__name__}: {error}")
+            return _OWN
+        self._graphs[key] = graph
+        return result
+
+    def _refuse(self, model: nn.Module, key: Any, plain: dict[str, Any], reason: str) -> None:
+        self._own.add(key)
+        if plain.get("use_cache", getattr(model.config, "use_cache", False)):
+            reason += "; pass use_cache=False if you do not need the cache"
+        self._warn(model, reason)
+
+    def _warn(self, model: nn.Module, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(
+                f"stof_hf: {type(model).__name__} runs without CUDA graphs: {reason}",
+                StofWarning,
+                stacklevel=2,
+            )

@@ -90,6 +90,8 @@ def test_each_cell_runs_in_a_process_of_its_own(tmp_path):
 def test_the_grid():
     cells = model.cells()
     assert len(cells) == 18
+    with pytest.raises(StofError, match="no model is called 'bart'; there are bert_base"):
+        model.cells(["bart"])
     assert model.Cell("vit_base", 8, 1025) in cells and model.Cell("t5", 16, 2048) in cells
     sizes = {name: zoo.ZOO[name].config(2048) for name in ("bert_large", "llama_base")}
     assert all(isinstance(c, transformers.PreTrainedConfig) for c in sizes.values())

@@ -64,10 +64,16 @@ ZOO = {
 
 
 def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
-    """(batch size, tokens) that a model is measured at."""
+    """(batch size, tokens) that a model is measured at; raises StofError for another name."""
+    _known(name)
     if ZOO[name].masked:
         return SHAPES
     return tuple((batch, (_IMAGES[tokens] // _PATCH) ** 2 + 1) for batch, tokens in SHAPES)
+
+
+def _known(name: str) -> None:
+    if name not in ZOO:
+        raise StofError(f"no model is called {name!r}; there are {', '.join(ZOO)}")
 
 
 class Problem:
@@ -81,8 +87,7 @@ class Problem:
     """
 
     def __init__(self, name: str, batch: int, tokens: int, dtype: torch.dtype, device: Any):
-        if name not in ZOO:
-            raise StofError(f"no model is called {name!r}; there are {', '.join(ZOO)}")
+        _known(name)
         self.name, self.entry, self.dtype, self.device = name, ZOO[name], dtype, device
         self.tokens = tokens
         noise = torch.Generator().manual_seed(0)

@@ -323,6 +323,55 @@ def bench_masks(
     console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
 
 
+@bench_app.command("model")
+def bench_model(
+    models: Annotated[
+        str | None, typer.Option(help="Such as bert_base,t5; all by default.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Only the cells of these batch sizes.")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as sdpa,tuned; all by default.")
+    ] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 60,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+) -> None:
+    """Time whole models: Transformers, torch.compile, Liger-Kernel and ours, under one mask.
+
+    Each cell runs in a process of its own. The exit status is 1 where a contestant raised or
+    computed something else.
+    """
+    from .bench import model
+    from .bench.attention import default_device
+    from .bench.zoo import ZOO
+
+    sizes = _numbers(batch)
+    chosen = model.cells(models.split(",") if models else ZOO)
+    chosen = [cell for cell in chosen if sizes is None or cell.batch in sizes]
+    names = contestants.split(",") if contestants else list(model.CONTESTANTS)
+    failed = []
+
+    def progress(cell: Any, record: dict[str, Any]) -> None:
+        results = record["results"]
+        times = (f"{n} {r['time_ms']:.3f}" for n, r in results.items() if "time_ms" in r)
+        console.print(cell, *times, highlight=False, soft_wrap=True)
+        for name, result in results.items():
+            if result["status"] != "ok":
+                failed.append(name)
+                text = f"{name}: {result['status']} {result.get('error')}"
+                console.print(text, style="red", markup=False)
+
+    where = default_device(device)
+    data = model.run_apart(
+        chosen, where, progress, contestants=names, budget_s=budget_s, json_path=json_path
+    )
+    console.print(model.table(data))
+    if failed:
+        raise typer.Exit(1)
+
+
 @bench_app.command("decode")
 def bench_decode(
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,16.")] = None,

@@ -230,7 +230,7 @@ def _measure_cell(
             try:
                 results[name] = _measure(contestant, problem, reference, captured)
             except Exception as error:
-                results[name] = {"status": "error", "error": _describe(error)}
+                results[name] = {"status": "error", "error": describe(error)}
                 captured.pop(name, None)
             if name == "stof":
                 results[name]["sources"] = source_hash()
@@ -240,7 +240,7 @@ def _measure_cell(
         name = None
         times = timing.replay_times_us([*captured.values()])
     except RuntimeError as error:
-        reason = _describe(error)
+        reason = describe(error)
         # Their GPU time was still to come.
         for other in captured:
             del results[other]
@@ -290,7 +290,7 @@ def _first_call(contestant: Contestant, problem: Problem) -> None:
         call()
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     where = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{Path(where.filename).name}:{where.lineno}"

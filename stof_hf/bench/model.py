@@ -1,0 +1,259 @@
+"""Whole models: a forward as Transformers, torch.compile, Liger-Kernel and this package compute it.
+
+Contestants of a cell take turns in one process. Every call is timed as a user calls it, host time
+included: that is what decides small shapes.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from ..errors import StofError
+from .attention import FORMAT, describe, environment, load, save, source_hash
+from .zoo import ZOO, Problem, shapes_of
+
+__all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
+
+Call = Callable[[], torch.Tensor]
+#: Seconds that a contestant's turn takes at least, and its turns.
+_TURN_S, _TURNS = 0.05, 6
+#: An output may be so much farther from fp32 than the plain model in half precision is.
+_WORSE = 1.25
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, batch size and number of tokens."""
+
+    model: str
+    batch: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """How a model is computed.
+
+    Args:
+        attention: Transformers' implementation.
+        mode: of torch.compile.
+        ours: what this package does besides: "tune", "graphs".
+        only: models that it is for.
+    """
+
+    attention: str
+    mode: str | None = None
+    ours: tuple[str, ...] = ()
+    liger: bool = False
+    only: tuple[str, ...] = tuple(ZOO)
+
+
+CONTESTANTS = {
+    "eager": Contestant("eager"),
+    "sdpa": Contestant("sdpa"),
+    **{
+        f"{mode}_{attention}": Contestant(
+            f"{attention}_attention" if attention == "flex" else attention, mode,
+            only=tuple(n for n, entry in ZOO.items() if entry.masked or attention == "sdpa"),
+        )
+        for mode in ("default", "reduce-overhead", "max-autotune")
+        for attention in ("sdpa", "flex")
+    },
+    "liger": Contestant("sdpa", liger=True, only=("llama_base",)),
+    # Of ours, untuned; then what each part does by itself; then all.
+    "stof": Contestant("stof"),
+    "graphs": Contestant("sdpa", ours=("graphs",)),
+    "attention": Contestant("stof", ours=("graphs",)),
+    "fusion": Contestant("sdpa", ours=("tune", "graphs")),
+    "tuned": Contestant("stof", ours=("tune", "graphs")),
+}  # fmt: skip
+OURS = ("stof", "graphs", "attention", "fusion", "tuned")
+
+
+def cells(models: Iterable[str] = tuple(ZOO)) -> list[Cell]:
+    """Of the paper's end-to-end figure."""
+    return [Cell(name, *shape) for name in models for shape in shapes_of(name)]
+
+
+def run(
+    chosen: Iterable[Cell], *, contestants: Iterable[str] = tuple(CONTESTANTS),
+    device: torch.device, budget_s: float = 60, json_path: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure cells, and return the results, which are also kept in `json_path`.
+
+    Contestants that the file already holds are skipped, ours only while their sources are the same;
+    "sdpa" is measured again beside whoever is missing, and kept with them.
+
+    Args:
+        budget_s: seconds for `stof_hf.tune` in a cell.
+    """
+    names = list(contestants)
+    if unknown := set(names) - set(CONTESTANTS):
+        raise StofError(
+            f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
+        )
+    here, sources = environment(device), source_hash()
+    data = load(json_path) if json_path is not None and json_path.exists() else None
+    if data is None:
+        data = {"format": FORMAT, **here, "cells": []}
+    elif data["device"] != here["device"] or data["versions"] != here["versions"]:
+        raise StofError(f"{json_path} holds results of other versions or of another device")
+    known = {Cell(**record["cell"]): record for record in data["cells"]}
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    for cell in chosen:
+        record = known.get(cell)
+        if record is None:
+            record = {"cell": asdict(cell), "results": {}}
+            data["cells"].append(record)
+        results = record["results"]
+        missing = [n for n in names if cell.model in CONTESTANTS[n].only]
+        missing = [
+            n for n in missing
+            if n not in results or (n in OURS and results[n].get("sources") != sources)
+        ]  # fmt: skip
+        if missing:
+            results |= _measure(cell, missing, dtype, device, budget_s, sources)
+            save(data, json_path)
+    return data
+
+
+def run_apart(
+    chosen: Iterable[Cell], device: torch.device,
+    progress: Callable[[Cell, dict[str, Any]], None], **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """As `run`, each cell in a process of its own."""
+    spawn = multiprocessing.get_context("spawn")
+    data: dict[str, Any] = {"cells": []}
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        for cell in chosen:
+            part = pool.submit(partial(run, [cell], device=device, **options)).result()
+            record = next(r for r in part["cells"] if Cell(**r["cell"]) == cell)
+            data = {**part, "cells": [*data["cells"], record]}
+            progress(cell, record)
+    return data
+
+
+def _measure(
+    cell: Cell, names: list[str], dtype: torch.dtype, device: torch.device, budget_s: float,
+    sources: str,
+) -> dict[str, Any]:  # fmt: skip
+    problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+    torch._dynamo.config.recompile_limit = 64
+    with torch.no_grad():
+        exact = _reference(problem, torch.float32)
+        plain = _distance(_reference(problem, dtype), exact)
+        calls: dict[str, Call] = {}
+        results: dict[str, Any] = {}
+        for name in ("sdpa", *(n for n in names if n != "sdpa")):
+            begin = time.monotonic()
+            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            try:
+                call = _prepare(CONTESTANTS[name], problem, budget_s)
+                for _ in range(3):
+                    out = call()
+                error = _distance(out, exact)
+                result = {"status": "ok", "error": error, "plain_error": plain}
+                if not error <= _WORSE * plain + 1e-6:
+                    result["status"] = "wrong"
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    call()
+                    peak = torch.cuda.max_memory_allocated() - before
+                    result["peak_mb"] = round(peak / 2**20, 1)
+                calls[name] = call
+            except Exception as failure:
+                result = {"status": "error", "error": describe(failure)}
+            result["prepare_s"] = round(time.monotonic() - begin, 1)
+            results[name] = result
+        for name, taken in _turns(calls, device).items():
+            results[name]["time_ms"] = round(taken, 4)
+    for name, result in results.items():
+        result["sdpa_ms"] = results["sdpa"].get("time_ms")
+        if name in OURS:
+            result["sources"] = sources
+    return {name: results[name] for name in names}
+
+
+def _prepare(contestant: Contestant, problem: Problem, budget_s: float) -> Call:
+    model = problem.model(contestant.attention)
+    given = dict(problem.inputs)
+    if contestant.attention == "stof":
+        import stof_hf
+
+        if (pattern := problem.pattern()) is not None:
+            stof_hf.set_pattern(model, pattern, kind="all", persist=False)
+    else:
+        form = {"eager": "additive", "sdpa": "bool"}.get(contestant.attention, "flex")
+        given |= problem.masks(form)
+    if contestant.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
+    if contestant.mode is not None:
+        mode = None if contestant.mode == "default" else contestant.mode
+        model = torch.compile(model, dynamic=False, mode=mode)
+    if "tune" in contestant.ours:
+        import stof_hf
+
+        stof_hf.tune(model, given, budget_s=budget_s, progress=False)
+    if "graphs" in contestant.ours:
+        import stof_hf
+
+        stof_hf.use_graphs(model)
+    return lambda: model(**given)[0]
+
+
+def _reference(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
+    model = problem.model("eager", dtype)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in problem.inputs.items()}
+    return model(**inputs, **problem.masks("additive", dtype))[0].float()
+
+
+def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.float() - exact).norm() / exact.norm())
+
+
+def _turns(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
+    """Milliseconds of a call: medians over turns, every other one in reverse order."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def timed(call: Call, count: int) -> float:
+        wait()
+        begin = time.perf_counter()
+        for _ in range(count):
+            call()
+        wait()
+        return (time.perf_counter() - begin) / count
+
+    counts = {n: max(1, min(200, int(_TURN_S / timed(call, 1)))) for n, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(_TURNS):
+        for name in [*calls] if turn % 2 == 0 else [*reversed(calls)]:
+            # The first call after another's finds caches and clocks as that left them.
+            timed(calls[name], 1)
+            times[name].append(timed(calls[name], counts[name]))
+    return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
+
+
+def table(data: dict[str, Any]) -> Table:
+    """Milliseconds a forward, a row a cell; the best peer against ours last."""
+    shown = Table("model", "B", "tokens", *CONTESTANTS, "times the best peer", title="ms a forward")
+    for record in data["cells"]:
+        times = {n: r["time_ms"] for n, r in record["results"].items() if "time_ms" in r}
+        peers = [taken for name, taken in times.items() if name not in OURS]
+        ratio = f"{min(peers) / times['tuned']:.2f}" if peers and "tuned" in times else "-"
+        row = [f"{times[n]:.3f}" if n in times else "-" for n in CONTESTANTS]
+        shown.add_row(*map(str, record["cell"].values()), *row, ratio)
+    return shown

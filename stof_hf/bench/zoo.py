@@ -1,0 +1,156 @@
+"""The models of `stof bench model`: those of the paper's end-to-end figure, with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from ..errors import StofError
+from ..masks.patterns import Causal, Custom, Pattern
+from .masks import bench_mask
+
+__all__ = ["SHAPES", "ZOO", "Entry", "Problem", "shapes_of"]
+
+#: (batch size, tokens); images of a ViT are sized so that its tokens are near.
+SHAPES = ((1, 128), (8, 512), (16, 2048))
+_IMAGES = {128: 128, 512: 512, 2048: 512}
+_PATCH = 16
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model.
+
+    Args:
+        name: of its classes in Transformers, without Config or Model.
+        options: of its configuration.
+        lengths: those of its options that say how many tokens it takes.
+        causal: whether the mask is causal, too.
+        masked: whether it takes a mask.
+    """
+
+    name: str
+    options: dict[str, Any]
+    lengths: tuple[str, ...] = ("max_position_embeddings",)
+    causal: bool = False
+    masked: bool = True
+
+    def config(self, tokens: int) -> Any:
+        sizes = dict.fromkeys(self.lengths, tokens)
+        if not self.masked:
+            sizes = {"image_size": _IMAGES.get(tokens, tokens)}
+        return getattr(transformers, f"{self.name}Config")(**self.options, **sizes)
+
+
+_LARGE = {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024}
+ZOO = {
+    "bert_base": Entry("Bert", {}),
+    "bert_large": Entry("Bert", {**_LARGE, "intermediate_size": 4096}),
+    "gpt": Entry("GPT2", {"use_cache": False}, causal=True),
+    "llama_base": Entry(
+        "Llama", {**_LARGE, "intermediate_size": 4096, "use_cache": False}, causal=True
+    ),
+    "t5": Entry(
+        "T5",
+        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12, "use_cache": False},
+        (),
+    ),
+    "vit_base": Entry("ViT", {}, (), masked=False),
+}
+
+
+def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
+    """(batch size, tokens) that a model is measured at; raises StofError for another name."""
+    _known(name)
+    if ZOO[name].masked:
+        return SHAPES
+    return tuple((batch, (_IMAGES[tokens] // _PATCH) ** 2 + 1) for batch, tokens in SHAPES)
+
+
+def _known(name: str) -> None:
+    if name not in ZOO:
+        raise StofError(f"no model is called {name!r}; there are {', '.join(ZOO)}")
+
+
+class Problem:
+    """A model at a shape: its inputs, and models that compute them.
+
+    Args:
+        name: of ZOO.
+        tokens: as `shapes_of` has them.
+
+    Raises StofError for another name.
+    """
+
+    def __init__(self, name: str, batch: int, tokens: int, dtype: torch.dtype, device: Any):
+        _known(name)
+        self.name, self.entry, self.dtype, self.device = name, ZOO[name], dtype, device
+        self.tokens = tokens
+        noise = torch.Generator().manual_seed(0)
+        if self.entry.masked:
+            self.config = self.entry.config(tokens)
+            self.mask = bench_mask("bigbird", tokens, device)
+            ids = torch.randint(5, self.config.vocab_size, (batch, tokens), generator=noise)
+            self.inputs = {"input_ids": ids.to(device)}
+            if self.config.is_encoder_decoder:
+                self.inputs["decoder_input_ids"] = ids.flip(1).to(device)
+        else:
+            side = round((tokens - 1) ** 0.5) * _PATCH
+            self.config = self.entry.config(side)
+            pixels = torch.randn(batch, self.config.num_channels, side, side, generator=noise)
+            self.inputs = {"pixel_values": pixels.to(device, dtype)}
+
+    def model(self, implementation: str, dtype: torch.dtype | None = None) -> nn.Module:
+        """The model in evaluation mode; its weights are always the same.
+
+        Raises what Transformers raises where it does not take the implementation.
+        """
+        torch.manual_seed(0)
+        cls = getattr(transformers, f"{self.entry.name}Model")
+        with torch.device(self.device):
+            made = cls._from_config(self.config, attn_implementation=implementation)
+        return made.to(dtype or self.dtype).eval()
+
+    def masks(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
+        """What the model is called with besides `inputs`, so that it applies the mask.
+
+        Args:
+            form: "bool", "additive", or "flex" for a BlockMask.
+        """
+        if not self.entry.masked:
+            return {}
+
+        def given(causal: bool) -> Any:
+            if form == "flex":
+                return self._block_mask(causal)
+            allowed = self.mask.dense(self.device)[None, None]
+            if causal:
+                allowed = allowed.tril()
+            if form == "bool":
+                return allowed
+            dtype_ = dtype or self.dtype
+            lowest = torch.finfo(dtype_).min
+            return torch.zeros_like(allowed, dtype=dtype_).masked_fill_(~allowed, lowest)
+
+        if self.config.is_encoder_decoder:
+            return {"attention_mask": given(False), "decoder_attention_mask": given(True)}
+        return {"attention_mask": given(self.entry.causal)}
+
+    def _block_mask(self, causal: bool) -> Any:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        allowed = self.mask.mod
+        mod = (lambda b, h, q, k: allowed(b, h, q, k) & (q >= k)) if causal else allowed
+        # One batch element and head stand for all.
+        return create_block_mask(mod, None, None, self.tokens, self.tokens, device=self.device)
+
+    def pattern(self) -> Pattern | None:
+        """The mask as `stof_hf.set_pattern` takes it, for every attention layer."""
+        if not self.entry.masked:
+            return None
+        pattern = Custom(self.mask.mod, key=f"bench bigbird {self.tokens}")
+        return pattern & Causal() if self.entry.causal else pattern

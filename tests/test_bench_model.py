@@ -1,0 +1,97 @@
+"""`stof bench model` on models that are small enough for a CPU."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from stof_hf import StofError
+from stof_hf.bench import model, zoo
+
+SMALL = {
+    "bert_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
+                  "intermediate_size": 96, "vocab_size": 99},
+    "gpt": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 99},
+    "llama_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
+                   "intermediate_size": 96, "vocab_size": 99},
+    "t5": {"num_layers": 2, "d_model": 64, "num_heads": 2, "d_kv": 32, "d_ff": 96,
+           "vocab_size": 99},
+    "vit_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
+                 "intermediate_size": 96},
+}  # fmt: skip
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, options in SMALL.items():
+        entry = zoo.ZOO[name]
+        monkeypatch.setitem(
+            zoo.ZOO, name, zoo.Entry(entry.name, {**entry.options, **options},
+                                     *(getattr(entry, f) for f in ("lengths", "causal", "masked")))
+        )  # fmt: skip
+    monkeypatch.setattr(model, "_TURN_S", 0.001)
+
+
+def tokens(name):
+    return 65 if name == "vit_base" else 96
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_all_apply_the_same_mask(name):
+    names = ["eager", "sdpa", "stof", *(["default_sdpa"] if name == "bert_base" else [])]
+    cell = model.Cell(name, 2, tokens(name))
+    data = model.run([cell], contestants=names, device=CPU)
+    results = data["cells"][0]["results"]
+    assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(names, "ok"), results
+    assert all(r["time_ms"] > 0 and r["error"] < 1e-5 for r in results.values())
+
+
+def test_a_mask_that_is_not_applied_is_noticed(monkeypatch):
+    monkeypatch.setattr(zoo.Problem, "pattern", lambda self: None)
+    data = model.run([model.Cell("bert_base", 1, 96)], contestants=["stof"], device=CPU)
+    assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
+
+
+def test_results_are_completed(tmp_path, monkeypatch):
+    path, cell = tmp_path / "model.json", model.Cell("bert_base", 1, 96)
+    model.run([cell], contestants=["eager", "stof"], device=CPU, json_path=path)
+    first = json.loads(path.read_text())["cells"][0]["results"]
+    monkeypatch.setattr(model, "source_hash", lambda: "another")
+    model.run([cell], contestants=["eager", "sdpa", "stof"], device=CPU, json_path=path)
+    then = json.loads(path.read_text())["cells"][0]["results"]
+    assert then["eager"] == first["eager"] and set(then) == {"eager", "sdpa", "stof"}
+    assert then["stof"]["sources"] == "another" != first["stof"]["sources"]
+    with pytest.raises(StofError, match="no contestant is called 'slow'"):
+        model.run([cell], contestants=["slow"], device=CPU)
+
+
+def test_a_contestant_that_fails_is_told_of(monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise ValueError("not today")
+
+    monkeypatch.setattr(zoo.Problem, "pattern", fail)
+    data = model.run([model.Cell("bert_base", 1, 96)], contestants=["sdpa", "stof"], device=CPU)
+    results = data["cells"][0]["results"]
+    assert results["stof"]["status"] == "error" and "not today" in results["stof"]["error"]
+    assert results["sdpa"]["status"] == "ok" and model.table(data).row_count == 1
+
+
+def test_each_cell_runs_in_a_process_of_its_own(tmp_path):
+    seen = []
+    data = model.run_apart(
+        [model.Cell("vit_base", 1, 17)], CPU, lambda cell, record: seen.append(cell),
+        contestants=["sdpa"], json_path=tmp_path / "model.json",
+    )  # fmt: skip
+    assert data["cells"][0]["results"]["sdpa"]["status"] == "ok" and len(seen) == 1
+
+
+def test_the_grid():
+    cells = model.cells()
+    assert len(cells) == 18
+    with pytest.raises(StofError, match="no model is called 'bart'; there are bert_base"):
+        model.cells(["bart"])
+    assert model.Cell("vit_base", 8, 1025) in cells and model.Cell("t5", 16, 2048) in cells
+    sizes = {name: zoo.ZOO[name].config(2048) for name in ("bert_large", "llama_base")}
+    assert all(isinstance(c, transformers.PreTrainedConfig) for c in sizes.values())

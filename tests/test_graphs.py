@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from layers import SIZES, build, inputs_of
+from layers import build, inputs_of, sizes
 from taping import TapeRecorder, compare, ids, masked, same
 from torch import nn
 
@@ -176,12 +176,12 @@ def test_a_cache_with_windows_is_not_captured():
 @pytest.mark.parametrize("family", ["Bert", "ModernBert", "DistilBert", "Electra", "Roberta"])
 def test_heads(family, head):
     config = getattr(transformers, f"{family}Config")
-    sizes = dict(SIZES, pad_token_id=1)
+    options = sizes(64) | {"pad_token_id": 1}
     if family == "DistilBert":
-        sizes = {"vocab_size": 97, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
+        options = {"vocab_size": 97, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4}
     if family == "ModernBert":
-        sizes |= {"classifier_pooling": "mean"}
-    model = getattr(transformers, family + head)(config(**sizes)).eval()
+        options |= {"classifier_pooling": "mean"}
+    model = getattr(transformers, family + head)(config(**options)).eval()
     model.set_attn_implementation("stof")
     plain = copy.deepcopy(model)
     stof_hf.use_graphs(model)
@@ -197,7 +197,7 @@ def test_last_tokens_are_not_the_paddings():
 
 
 def test_a_classifier_that_reads_the_last_token_is_not_padded():
-    config = transformers.LlamaConfig(**SIZES, pad_token_id=0, use_cache=False)
+    config = transformers.LlamaConfig(**sizes(64), pad_token_id=0, use_cache=False)
     model = transformers.LlamaForSequenceClassification(config).eval()
     model.set_attn_implementation("sdpa")
     plain = copy.deepcopy(model)
@@ -207,7 +207,7 @@ def test_a_classifier_that_reads_the_last_token_is_not_padded():
 
 
 def test_sequences_up_to_the_last_position_are_not_padded_beyond_it():
-    config = transformers.BertConfig(**SIZES, max_position_embeddings=100)
+    config = transformers.BertConfig(**sizes(64), max_position_embeddings=100)
     model = transformers.BertModel(config).eval()
     plain = copy.deepcopy(model)
     stof_hf.use_graphs(model)
@@ -384,7 +384,7 @@ class Reading(transformers.BertModel):
 
 
 def test_what_cannot_be_captured_warns_once():
-    model = Reading(transformers.BertConfig(**SIZES)).eval()
+    model = Reading(transformers.BertConfig(**sizes(64))).eval()
     stof_hf.use_graphs(model)
     with torch.no_grad():
         model(ids(2, 50))

@@ -61,6 +61,24 @@ def test_images_have_graphs_of_their_own_shape(implementation):
     assert (recorder.captures, recorder.replays) == (2, 5)
 
 
+@pytest.mark.parametrize("implementation", ["stof", "sdpa", "eager"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_whole_masks_have_graphs_where_plans_do_not_follow_from_them(name, implementation):
+    model, plain, recorder = graphed(name, implementation)
+    calls = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        allowed = (torch.rand(1, 1, 50, 50) < 0.5) | torch.eye(50, dtype=torch.bool)
+        allowed = allowed.tril() if name == "llama" else allowed
+        if implementation != "sdpa":
+            allowed = torch.zeros(allowed.shape).masked_fill_(~allowed, torch.finfo().min)
+        calls.append({"input_ids": ids(2, 50), "attention_mask": allowed})
+    with torch.no_grad():
+        for call in calls:
+            same(model(**call, use_cache=False)[0], plain(**call, use_cache=False)[0])
+    assert recorder.captures == (implementation != "stof")
+
+
 def test_batches_are_padded_too():
     model, plain, recorder = graphed("bert")
     calls = [masked(n, 50, left=4, right=2, seed=n) for n in (3, 4, 3)]

@@ -49,7 +49,7 @@ class Captured:
             # Transformers leaves out a mask of ones, but never while a graph is captured: the
             # warm-up has to take the same way.
             for name, x in self._static.items():
-                if name.endswith("attention_mask"):
+                if name.endswith("attention_mask") and x.ndim == 2:
                     x[:, 0] = 0
 
             def run() -> Any:
@@ -155,7 +155,7 @@ def arguments_of(
         else:
             return None
     mask = tensors.get("attention_mask")
-    if not tensors or (mask is not None and mask.ndim != 2):
+    if not tensors or (mask is not None and mask.ndim not in (2, 4)):
         return None
     # Without a mask, positions say where packed sequences begin.
     return None if mask is None and "position_ids" in tensors else (tensors, plain)

@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..errors import StofWarning, UnsupportedError
 from ..fusion import install
+from ..fusion.layer import implementation
 from .buckets import Unknown, bucket_of, facts_of, is_small
 from .captured import Captured, arguments_of, shapes_of
 from .recorder import Recorder
@@ -51,7 +52,8 @@ def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
 
     The model's own forward runs in training mode, with gradients, under autocast, torch.compile or
     a capture of the caller's, and for calls with labels, a cache (so `generate` stays what it is),
-    packed sequences, or arguments that are neither tensors nor plain values. It runs, too, after
+    packed sequences, masks [B, H, S, S] under "stof", whose plans follow from their values, or
+    arguments that are neither tensors nor plain values. It runs, too, after
     one warning that says why, where a forward cannot be captured. A forward that decides by
     something other than its arguments, such as an attribute that somebody sets between calls, is
     not for graphs. `stof_hf.restore(model)` takes them away.
@@ -140,6 +142,12 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     return type(cls.__name__, (_Graphed, cls), body)
 
 
+def _reads_values(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether attention's plans follow from a mask's values, which may be others in a replay."""
+    whole = any(x.ndim == 4 for name, x in tensors.items() if name.endswith("attention_mask"))
+    return whole and implementation(model.config) not in ("sdpa", "eager")
+
+
 class Graphs:
     """The graphs of one model. Copies and pickles begin without any.
 
@@ -169,6 +177,8 @@ class Graphs:
         if given is None or not is_small(given[0]):
             return _OWN
         tensors, plain = given
+        if _reads_values(model, tensors):
+            return _OWN
         device = next(iter(tensors.values())).device
         if device.type != self._recorder.device_type or torch.is_autocast_enabled(device.type):
             return _OWN

@@ -98,7 +98,8 @@ class TuneReport:
         )
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=120)
+        # Else a notebook would show the table itself, and the text would be empty.
+        console = Console(file=io.StringIO(), width=120, force_terminal=False, force_jupyter=False)
         console.print(self)
         return console.file.getvalue().rstrip()
 

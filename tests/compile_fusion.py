@@ -1,10 +1,9 @@
 """Compiles the launches of a GEMM template for GPUs that need not be here; prints JSON.
 
-Usage: python compile_fusion.py gemm|gated|qkv. Run in a process of its own, because kernels that
-are to be interpreted, as a test's own are on a CPU, cannot be compiled.
+Usage: python compile_fusion.py gemm|gated|qkv [norm]. Run in a process of its own, because kernels
+that are to be interpreted, as a test's own are on a CPU, cannot be compiled.
 """
 
-import itertools
 import json
 import sys
 
@@ -13,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from stof_hf.fusion.parts import Norm
 from stof_hf.fusion.templates import common, gated, gemm, qkv
 
 TYPES = {
@@ -22,7 +22,9 @@ TYPES = {
 #: Shared memory of a block by compute capability.
 MEMORY = {90: 227 << 10, 89: 99 << 10}
 #: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
-TILES = [(256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4)]
+TILES = [
+    (256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4), (128, 128, 128, 8),
+]  # fmt: skip
 
 
 class Compiler:
@@ -44,6 +46,8 @@ class Compiler:
             elif isinstance(value, torch.Tensor):
                 signature[name] = TYPES[value.dtype]
                 attributes |= divisible
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             else:
                 signature[name] = "i32"
                 attributes |= divisible if value % 16 == 0 else {}
@@ -83,19 +87,29 @@ def calls(family: str):
                 yield f"{name} {p is not None}", (x, w, bias), options
 
 
-def corners(family: str, fits, memory: int):
+def normalised(family: str):
+    """The same with a norm in front of them, LayerNorm and RMSNorm in turn."""
+    # Activations are behind the product, whatever is in front.
+    few = [call for call in calls(family) if call[2].get("activation", "gelu") == "gelu"]
+    for i, (name, tensors, options) in enumerate(few):
+        weight = tensors[0][0].contiguous()
+        norm = Norm(weight, None if i % 2 else weight, 1e-5, bool(i % 2))
+        yield f"{name} rms={norm.rms}", tensors, options | {"norm": norm}
+
+
+def corners(given, fits, memory: int, norm: bool):
     """Calls with the parameters of TILES as far as they fit."""
-    _, tensors, options = list(calls(family))[-1]
+    _, tensors, options = given[-1]
     for tile in TILES:
         params = dict(zip(("block_m", "block_n", "block_k", "warps"), tile, strict=True))
         for stages in reversed(common.SPACE["stages"]):
             params |= {"group_m": 8, "stages": stages}
-            if fits(params, torch.float16, shared_memory=memory):
+            if fits(params, torch.float16, shared_memory=memory, norm=norm):
                 yield f"{params}", tensors, options | {"params": params}
                 break
 
 
-def main(family: str) -> None:
+def main(family: str, norm: str = "") -> None:
     module, kernel = {
         "gemm": (gemm, "gemm_kernel"),
         "gated": (gated, "gated_kernel"),
@@ -103,14 +117,14 @@ def main(family: str) -> None:
     }[family]
     function, original = getattr(module, family), getattr(module, kernel)
     common.check = lambda *arguments: None
+    given = list(normalised(family) if norm else calls(family))
     for capability, memory in MEMORY.items():
         common.shared_memory = lambda device, memory=memory: memory
         common.multiprocessors = lambda device: 132
         common.default.cache_clear()
         compiler = Compiler(original, capability)
         setattr(module, kernel, compiler)
-        every = itertools.chain(calls(family), corners(family, module.fits, memory))
-        for name, tensors, options in every:
+        for name, tensors, options in (*given, *corners(given, module.fits, memory, bool(norm))):
             try:
                 function(*tensors, **options)
                 taken = compiler.result.metadata.shared

@@ -61,12 +61,12 @@ def assert_defaults_fit(module):
         assert module.fits(params, dtype, shared_memory=memory), params
 
 
-def assert_compiles(family, launches):
+def assert_compiles(family, launches, *options):
     """Every launch that compile_fusion.py lists compiles and fits into shared memory."""
     script = Path(__file__).with_name("compile_fusion.py")
     paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(script), family]
+    command = [sys.executable, str(script), family, *options]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cases = [json.loads(line) for line in done.stdout.splitlines()]

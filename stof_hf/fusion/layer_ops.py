@@ -48,7 +48,12 @@ for _product in ("gemm",), ("gemm", "bias"):
         (*_product, "rotary"): ("qkv", "torch"),
         (*_product, "residual"): ("gemm", "torch"),
         (*_product, "residual", "norm"): ("gemm_norm", "torch"),
+        # PyTorch has no kernel for these: a norm by itself and what is behind it compete.
+        ("norm", *_product): ("gemm",),
+        ("norm", *_product, "act"): ("gemm",),
+        ("norm", *_product, "rotary"): ("qkv",),
     }
+SEGMENTS[("norm", "gemm", "gate")] = ("gated",)
 
 
 @dataclass(frozen=True)

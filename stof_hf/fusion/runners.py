@@ -71,39 +71,46 @@ class Template:
 def _gemm(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gemm import gemm
 
-    weight, bias, activation = part.weight, part.bias, part.activation
+    weight, bias = part.weight, part.bias
     if "residual" in part.names:
         add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, params=params))
         return lambda rows, residual, _: (add(rows, residual), residual)
-    call = _prepared(lambda rows: gemm(rows, weight, bias, activation=activation, params=params))
-    return lambda rows, residual, _: (call(rows), residual)
+    options = {"activation": part.activation, "norm": part.norm, "params": params}
+    return _producing(part, _prepared(lambda rows: gemm(rows, weight, bias, **options)))
 
 
 def _gated(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gated import gated
 
     gate, up = part.weight.chunk(2)
-    activation = part.activation
-    call = _prepared(lambda rows: gated(rows, gate, up, activation=activation, params=params))
+    options = {"activation": part.activation, "norm": part.norm, "params": params}
+    return _producing(part, _prepared(lambda rows: gated(rows, gate, up, **options)))
+
+
+def _producing(part: Part, call: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+    if part.norm is not None:
+        # The norm begins a block, whose residual stands in front of it.
+        return lambda rows, residual, _: (call(rows), rows)
     return lambda rows, residual, _: (call(rows), residual)
 
 
 def _qkv(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.qkv import qkv
 
-    weight, bias, to = part.weight, part.bias, part.attention
+    weight, bias, to, norm = part.weight, part.bias, part.attention, part.norm
 
     call = _prepared(
         lambda rows, cos, sin: qkv(
             rows, weight, bias, heads=to.heads, kv_heads=to.kv_heads, cos=cos, sin=sin,
-            params=params,
+            norm=norm, params=params,
         ),
         checked=2,
     )  # fmt: skip
 
     def step(rows, residual, context):
         cos, sin = context.position_embeddings
-        return call(rows, cos.flatten(0, 1), sin.flatten(0, 1)), residual
+        out = call(rows, cos.flatten(0, 1), sin.flatten(0, 1))
+        return out, residual if norm is None else rows
 
     return step
 
@@ -298,28 +305,35 @@ _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
 }
 
 
+def _takes(part: Part) -> bool:
+    """Whether products know the activation, and a norm in front that is not a residual too."""
+    known = part.names[0] != "norm" or (part.norm is not None and part.norm_first)
+    return known and part.activation is not None
+
+
 def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
-    return code.default(rows, *part.weight.shape, part.weight.dtype, device)
+    norm = part.norm is not None
+    return code.default(rows, *part.weight.shape, part.weight.dtype, device, norm=norm)
 
 
 def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
-    return code.fits(params, part.weight.dtype, shared_memory=memory)
+    norm = part.norm is not None
+    return code.fits(params, part.weight.dtype, shared_memory=memory, norm=norm)
 
 
 TEMPLATES: dict[str, Template] = {
     "torch": Template(_torch),
     "attention": Template(_attention),
-    "gemm": Template(
-        _gemm, lambda part: part.activation is not None, "gemm", _gemm_default, _gemm_fits
-    ),
+    "gemm": Template(_gemm, _takes, "gemm", _gemm_default, _gemm_fits),
     "gated": Template(
-        _gated, lambda part: part.activation is not None, "gated",
+        _gated, _takes, "gated",
         lambda code, part, rows, device: code.default(
-            rows, part.weight.shape[0] // 2, part.weight.shape[1], part.weight.dtype, device
+            rows, part.weight.shape[0] // 2, part.weight.shape[1], part.weight.dtype, device,
+            norm=part.norm is not None,
         ),
         _gemm_fits,
     ),
-    "qkv": Template(_qkv, module="qkv", default=_gemm_default, fits=_gemm_fits),
+    "qkv": Template(_qkv, _takes, "qkv", _gemm_default, _gemm_fits),
     "rotary": Template(
         _rotary, module="rotary",
         default=lambda code, part, rows, device: code.default(

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ...attention.select import multiprocessors, shared_memory
 from ...errors import UnsupportedError
+from .prologue import NORMALISING, normalised, statistics, statistics_bytes
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 #: Names of Transformers' ACT2FN, and "none".
@@ -82,12 +83,15 @@ def weight_pointers(w_ptr, rows, w_n, w_k, BK: tl.constexpr):
 
 
 @triton.jit
-def two_products(x_ptrs, a_ptrs, b_ptrs, rows_in, columns_in, k, a_step, b_step,
-                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                 EVEN_K: tl.constexpr):  # fmt: skip
-    """Products of the same rows of x with two weight tiles: x is loaded once."""
+def two_products(x_rows, a_ptrs, b_ptrs, rows_in, columns_in, norm_ptr, shift_ptr, eps, k, a_step,
+                 b_step, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 EVEN_K: tl.constexpr, NORM: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
+    """Products of the same rows, normalised or not, with two weight tiles: they are loaded once."""
     # Else ptxas may serialise wgmma: see gemm_kernel.
     tl.assume(k > 0)
+    if NORM != "none":
+        mean, scale = statistics(x_rows, rows_in, k, eps, BM, CHUNK, NORM)
+    x_ptrs = x_rows[:, None] + tl.arange(0, BK)[None, :]
     a_acc = tl.zeros([BM, BN], tl.float32)
     b_acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, k, BK):
@@ -100,6 +104,9 @@ def two_products(x_ptrs, a_ptrs, b_ptrs, rows_in, columns_in, k, a_step, b_step,
         x = tl.load(x_ptrs, mask=x_in, other=0.0)
         a = tl.load(a_ptrs, mask=w_in, other=0.0)
         b = tl.load(b_ptrs, mask=w_in, other=0.0)
+        if NORM != "none":
+            at = start + tl.arange(0, BK)
+            x = normalised(x, mean, scale, norm_ptr, shift_ptr, at, k, NORM)
         a_acc = dot(x, a, a_acc)
         b_acc = dot(x, b, b_acc)
         x_ptrs += BK
@@ -108,8 +115,10 @@ def two_products(x_ptrs, a_ptrs, b_ptrs, rows_in, columns_in, k, a_step, b_step,
     return a_acc, b_acc
 
 
-def fits(params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory: int) -> bool:
-    """Whether a block with this many columns of accumulators compiles and fits.
+def fits(
+    params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory: int, norm: bool = False
+) -> bool:
+    """Whether a block with this many columns of accumulators, and a norm or none, fits.
 
     An upper bound: without wgmma, Triton allocates one stage less.
     """
@@ -117,13 +126,16 @@ def fits(params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory
     stage = (block_m + columns) * block_k * dtype.itemsize
     # The epilogue may pass the whole tile through shared memory.
     tile = block_m * columns * dtype.itemsize
-    in_registers = tile // (32 * params["warps"]) <= _THREAD_BYTES
-    return in_registers and max(params["stages"] * stage, tile) <= shared_memory
+    # What is normalised passes through registers on its way.
+    kept = tile + norm * block_m * block_k * dtype.itemsize
+    in_registers = kept // (32 * params["warps"]) <= _THREAD_BYTES
+    before = statistics_bytes(params, dtype) if norm else 0
+    return in_registers and max(params["stages"] * stage, tile, before) <= shared_memory
 
 
 @lru_cache(maxsize=4096)
 def default(
-    m: int, n: int, dtype: torch.dtype, device: torch.device, products: int = 1
+    m: int, n: int, dtype: torch.dtype, device: torch.device, products: int = 1, norm: bool = False
 ) -> dict[str, int]:
     """Parameters of a GEMM whose blocks compute `products` products of block_n columns each.
 
@@ -139,13 +151,16 @@ def default(
             "block_m": block_m, "block_n": columns // products,
             "block_k": bytes_k // dtype.itemsize, "group_m": 8, "warps": warps, "stages": 4,
         }  # fmt: skip
-        if not fits(params, columns, dtype, memory):
+        if not fits(params, columns, dtype, memory, norm):
             params["stages"] = 3
-        if params["block_n"] not in SPACE["block_n"] or not fits(params, columns, dtype, memory):
+        if params["block_n"] not in SPACE["block_n"] or not fits(
+            params, columns, dtype, memory, norm
+        ):
             continue
         tiles = triton.cdiv(m, block_m) * triton.cdiv(n, params["block_n"])
         waves = triton.cdiv(tiles, processors)
         cost = waves * (block_m * columns + 64 * (block_m + columns))
+        cost += waves * NORMALISING * block_m * norm
         if best is None or cost < best[0]:
             best = cost, params
     assert best is not None

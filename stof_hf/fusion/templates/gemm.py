@@ -1,4 +1,4 @@
-"""Linear layer with bias, activation and residual in the epilogue of one kernel.
+"""Linear layer with a norm in front, bias, activation and residual behind, in one kernel.
 
 A block computes one tile of the result. It reads both operands by plain pointers: the strides of
 the weight decide which of its dimensions is loaded in vectors, so that nn.Linear's [N, K] and
@@ -7,6 +7,8 @@ GPT-2's Conv1D [K, N] need no copy. Everything after the product is in fp32.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -14,28 +16,37 @@ import triton.language as tl
 from . import common
 from .common import SPACE, activate, check_rows, dot, tile_of, weight_pointers
 from .launch import launch
+from .prologue import arguments, check_norm, normalised, statistics
+
+if TYPE_CHECKING:
+    from ..parts import Norm
 
 __all__ = ["SPACE", "default", "fits", "gemm"]
 
 
 @triton.jit
 def gemm_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, m, n, k, x_m, w_n, w_k, residual_m,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, norm_ptr, shift_ptr, eps,
+    m, n, k, x_m, w_n, w_k, residual_m,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile of act(x @ w^T + bias) + residual."""
+    """One [BM, BN] tile of act(norm(x) @ w^T + bias) + residual."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
     rows_in = rows < m
     columns_in = columns < n
     rows = rows.to(tl.int64)
-    x_ptrs = x_ptr + (rows * x_m)[:, None] + tl.arange(0, BK)[None, :]
+    x_rows = x_ptr + rows * x_m
+    x_ptrs = x_rows[:, None] + tl.arange(0, BK)[None, :]
     w_ptrs = weight_pointers(w_ptr, columns, w_n, w_k, BK)
     w_step = tl.full([], BK, tl.int64) * w_k
     # Else ptxas 12.8 serialises wgmma: a loop of no steps would be a second source of acc.
     tl.assume(k > 0)
+    if NORM != "none":
+        mean, scale = statistics(x_rows, rows_in, k, eps, BM, CHUNK, NORM)
     acc = tl.zeros([BM, BN], tl.float32)
     for start in range(0, k, BK):
         x_in = rows_in[:, None]
@@ -46,6 +57,9 @@ def gemm_kernel(
             w_in = w_in & k_in[:, None]
         x = tl.load(x_ptrs, mask=x_in, other=0.0)
         w = tl.load(w_ptrs, mask=w_in, other=0.0)
+        if NORM != "none":
+            at = start + tl.arange(0, BK)
+            x = normalised(x, mean, scale, norm_ptr, shift_ptr, at, k, NORM)
         acc = dot(x, w, acc)
         x_ptrs += BK
         w_ptrs += w_step
@@ -61,14 +75,18 @@ def gemm_kernel(
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def default(m: int, n: int, k: int, dtype: torch.dtype, device: torch.device) -> dict[str, int]:
-    """Parameters for a product [m, k] x [k, n] that nobody tuned."""
-    return common.default(m, n, dtype, device)
+def default(
+    m: int, n: int, k: int, dtype: torch.dtype, device: torch.device, *, norm: bool = False
+) -> dict[str, int]:
+    """Parameters for a product [m, k] x [k, n] that nobody tuned, with a norm in front or none."""
+    return common.default(m, n, dtype, device, norm=norm)
 
 
-def fits(params: dict[str, int], dtype: torch.dtype, *, shared_memory: int) -> bool:
+def fits(
+    params: dict[str, int], dtype: torch.dtype, *, shared_memory: int, norm: bool = False
+) -> bool:
     """Whether the kernel compiles with these parameters and fits into this many bytes."""
-    return common.fits(params, params["block_n"], dtype, shared_memory)
+    return common.fits(params, params["block_n"], dtype, shared_memory, norm)
 
 
 def gemm(
@@ -78,9 +96,10 @@ def gemm(
     residual: torch.Tensor | None = None,
     *,
     activation: str = "none",
+    norm: Norm | None = None,
     params: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once.
+    """act(norm(x) @ w^T + bias) + residual, accumulated in fp32 and rounded once.
 
     Args:
         x: [M, K], fp16, bf16 or fp32, last stride 1.
@@ -89,6 +108,7 @@ def gemm(
         residual: [M, N] or None, last stride 1; added after the activation.
         activation: "none", "relu", "gelu" (exact), "gelu_new" and "gelu_pytorch_tanh" (tanh),
             "quick_gelu" or "silu".
+        norm: of the rows of x, [K]; its result is rounded to x's dtype, as it is by itself.
         params: one value of SPACE each; None takes `default`.
 
     Returns:
@@ -110,21 +130,23 @@ def gemm(
         x, {"w": (w, (n, k)), "bias": (bias, (n,)), "residual": (residual, (m, n))}, activation
     )
     check_rows("x", x)
+    check_norm(x, norm)
     if residual is not None:
         check_rows("residual", residual)
-    params = params or default(m, n, k, x.dtype, x.device)
+    params = params or default(m, n, k, x.dtype, x.device, norm=norm is not None)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(m, params["block_m"]) * triton.cdiv(n, params["block_n"])
     if blocks == 0:
         return out
     bias = None if bias is None else bias.contiguous()
+    of_norm, prologue = arguments(norm, params)
     with common.on_device_of(x):
         launch(
             gemm_kernel, (blocks,),
-            x, w, bias, residual, out, m, n, k, x.stride(0), *w.stride(),
+            x, w, bias, residual, out, *of_norm, m, n, k, x.stride(0), *w.stride(),
             0 if residual is None else residual.stride(0), activation, bias is not None,
             residual is not None, k % params["block_k"] == 0, params["block_m"], params["block_n"],
-            params["block_k"], params["group_m"],
+            params["block_k"], params["group_m"], *prologue,
             num_warps=params["warps"], num_stages=params["stages"],
         )  # fmt: skip
     return out

@@ -9,6 +9,8 @@ the projection is a `gemm`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -18,18 +20,23 @@ from . import common
 from .common import SPACE, check_rows, tile_of, two_products, weight_pointers
 from .gemm import default, fits, gemm
 from .launch import launch
+from .prologue import arguments, check_norm
+
+if TYPE_CHECKING:
+    from ..parts import Norm
 
 __all__ = ["SPACE", "default", "fits", "qkv"]
 
 
 @triton.jit
 def rotary_kernel(
-    x_ptr, w_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, m, n, k, x_m, w_n, w_k,
-    cos_m, sin_m, length, rotated_heads,
+    x_ptr, w_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, out_ptr, norm_ptr, shift_ptr, eps,
+    m, n, k, x_m, w_n, w_k, cos_m, sin_m, length, rotated_heads,
     HALF: tl.constexpr, BIAS: tl.constexpr, POSITIONS: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """BM rows of BN pairs of columns of x @ w^T + bias; the first rotated_heads heads rotated."""
+    """BM rows of BN pairs of columns of norm(x) @ w^T + bias, rotated in rotated_heads heads."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n // 2, BN), GROUP_M)
     rows = tile_m * BM + tl.arange(0, BM)
     pairs = tile_n * BN + tl.arange(0, BN)
@@ -40,10 +47,11 @@ def rotary_kernel(
     columns = head * (2 * HALF) + dim
     step = tl.full([], BK, tl.int64) * w_k
     low, high = two_products(
-        x_ptr + (rows.to(tl.int64) * x_m)[:, None] + tl.arange(0, BK)[None, :],
+        x_ptr + rows.to(tl.int64) * x_m,
         weight_pointers(w_ptr, columns, w_n, w_k, BK),
         weight_pointers(w_ptr, columns + HALF, w_n, w_k, BK),
-        rows_in, pairs_in, k, step, step, BM, BN, BK, EVEN_K,
+        rows_in, pairs_in, norm_ptr, shift_ptr, eps, k, step, step, BM, BN, BK, EVEN_K, NORM,
+        CHUNK,
     )  # fmt: skip
     if BIAS:
         low += tl.load(bias_ptr + columns, mask=pairs_in, other=0.0).to(tl.float32)[None, :]
@@ -83,9 +91,10 @@ def qkv(
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
     positions: torch.Tensor | None = None,
+    norm: Norm | None = None,
     params: dict[str, int] | None = None,
 ) -> torch.Tensor:
-    """x @ w^T + bias, query and key heads rotated; accumulated in fp32 and rounded once.
+    """norm(x) @ w^T + bias, query and key heads rotated; accumulated in fp32 and rounded once.
 
     A head h of queries or keys becomes h * cos + rotate_half(h) * sin, as in Transformers'
     apply_rotary_pos_emb.
@@ -99,6 +108,7 @@ def qkv(
         positions: int32 or int64 [M], the row of cos and sin for each row of x, which must be less
             than P: others make NaN. None takes row i % P: P = S for a batch with equal positions,
             P = M for positions of each row's own.
+        norm: as in `gemm`; None takes x as it is.
         params: one value of SPACE each (block_n: columns of the result); None takes `default`.
 
     Returns:
@@ -127,23 +137,26 @@ def qkv(
     if cos is None and sin is None:
         if positions is not None:
             raise UnsupportedError("positions without cos and sin: pass all three")
-        return gemm(x, w, bias, params=params)
+        return gemm(x, w, bias, norm=norm, params=params)
     _check_rotary(x, cos, sin, positions, n // packed)
-    params = params or default(m, n, k, x.dtype, x.device)
+    check_norm(x, norm)
+    params = params or default(m, n, k, x.dtype, x.device, norm=norm is not None)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     pairs = params["block_n"] // 2
     blocks = triton.cdiv(m, params["block_m"]) * triton.cdiv(n // 2, pairs)
     if blocks == 0:
         return out
     bias = None if bias is None else bias.contiguous()
+    of_norm, prologue = arguments(norm, params)
     with common.on_device_of(x):
         launch(
             rotary_kernel, (blocks,),
             x, w, bias, cos, sin, None if positions is None else positions.contiguous(), out,
-            m, n, k, x.stride(0), *w.stride(), cos.stride(0), sin.stride(0), cos.shape[0],
+            *of_norm, m, n, k, x.stride(0), *w.stride(), cos.stride(0), sin.stride(0), cos.shape[0],
             heads + kv_heads, n // packed // 2, bias is not None, positions is not None,
             k % params["block_k"] == 0, params["block_m"], pairs, params["block_k"],
-            params["group_m"], num_warps=params["warps"], num_stages=params["stages"],
+            params["group_m"], *prologue,
+            num_warps=params["warps"], num_stages=params["stages"],
         )  # fmt: skip
     return out
 

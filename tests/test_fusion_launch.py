@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 
+from stof_hf.fusion.parts import Norm
 from stof_hf.fusion.templates.launch import Prepared, launch
 
 
@@ -143,9 +144,12 @@ def _rows(*shape):
 
 
 WEIGHT, VECTOR = _rows(64, 64), _rows(64)
+NORM = Norm(VECTOR, VECTOR, 1e-5, False)
 TEMPLATES = {
     "gemm": ("gemm_kernel", lambda f: lambda x, r: f(x, WEIGHT, VECTOR, r), (16, 64), (16, 64)),
-    "gated": ("gated_kernel", lambda f: lambda x: f(x, WEIGHT, WEIGHT), (16, 64)),
+    "gated": (
+        "gated_kernel", lambda f: lambda x: f(x, WEIGHT, WEIGHT, norm=NORM), (16, 64)
+    ),
     "norm": (
         "norm_kernel",
         lambda f: lambda x, r: f(x, VECTOR, None, None, r, eps=1e-5, return_sum=True),

@@ -160,6 +160,18 @@ def test_sampling_beats_chance(sample):
     assert sum(ours) < sum(random)
 
 
+@pytest.mark.parametrize("rows", [512, 5000])
+def test_norms_of_many_rows_are_not_tried_in_front_of_products(rows):
+    with replaying(Recorded(Invented())) as measurer:
+        report = stof_hf.tune(
+            build("gpt2"), batch_size=rows // 500, seq_len=500, budget_s=20, apply=False,
+            progress=False,
+        )  # fmt: skip
+    assert report.layers[0].time_us
+    tried = [key for key in measurer.times if key.startswith("gemm(") and ") [norm[" in key]
+    assert bool(tried) == (rows <= 4096)
+
+
 def test_an_early_answer_on_ctrl_c():
     with replaying(_Pressed(25)):
         report = stof_hf.tune(build("bert"), seq_len=32, budget_s=60, progress=False)

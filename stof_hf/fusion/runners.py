@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..errors import UnsupportedError
 from .layer import Context, implementation, norm_heads, rotate, split
 from .parts import Part
 
@@ -26,6 +27,8 @@ Step = Callable[[torch.Tensor, torch.Tensor, Context], tuple[torch.Tensor, torch
 #: (batch size, tokens) of a call.
 Shape = tuple[int, int]
 
+#: Rows whose norm may be computed by each tile of the product behind it (docs/performance.md).
+_FEW = 4096
 #: Attention implementations whose masks say all that a layer's window and causality do.
 IMPLEMENTATIONS = ("stof", "sdpa", "eager")
 
@@ -311,8 +314,15 @@ def _takes(part: Part) -> bool:
     return known and part.activation is not None
 
 
+def _in_front(part: Part, rows: int) -> bool:
+    """Whether a norm is in front of a product; refuses it where that cannot pay."""
+    if part.norm is not None and rows > _FEW:
+        raise UnsupportedError(f"a norm of {rows} rows is faster by itself")
+    return part.norm is not None
+
+
 def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
-    norm = part.norm is not None
+    norm = _in_front(part, rows)
     return code.default(rows, *part.weight.shape, part.weight.dtype, device, norm=norm)
 
 
@@ -329,7 +339,7 @@ TEMPLATES: dict[str, Template] = {
         _gated, _takes, "gated",
         lambda code, part, rows, device: code.default(
             rows, part.weight.shape[0] // 2, part.weight.shape[1], part.weight.dtype, device,
-            norm=part.norm is not None,
+            norm=_in_front(part, rows),
         ),
         _gemm_fits,
     ),

@@ -12,13 +12,15 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 #: In front of a notebook whose times are recorded.
 _REPLAY = """
-import json, pathlib
+import json, pathlib, torch
 from stof_hf.tuning import cache, measure
 
 cache.folder = lambda: pathlib.Path({folder!r})
 _times = json.loads(pathlib.Path({recorded!r}).read_text())
 _replaying = measure.replaying(measure.Recorded(_times, templates=False))
 _replaying.__enter__()
+# What else runs on the machine must not make threads wait for each other.
+torch.set_num_threads(1)
 """
 
 

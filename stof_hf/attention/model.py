@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..masks.sparse_mask import SparseMask
 from .granules import work_of
 from .plan import run_share
@@ -91,6 +93,37 @@ def launch_us(
         loads / _L2, rows / _MEMORY,
     )  # fmt: skip
     return kernel.start + max(full, chain, *bounds) + _UNEVEN * min(full, chain) + merge
+
+
+#: By whether the head size is above 64: the start of a launch of the band kernel, what a block takes
+#: for an item besides its steps, and for a step of 128 keys, in us; and the rows of an item.
+_BAND = {False: (3.5, 1.2, 0.45, 192), True: (3.5, 1.2, 0.45, 128)}
+_BAND_STEP = 128
+
+
+def band_us(
+    copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int, together: int,
+    dim: int, processors: int,
+) -> float:  # fmt: skip
+    """Predicted time of csrc/cuda/band.cu in us: what the busiest block takes of the items, which
+    are dealt out in turns of alternating direction.
+
+    Args:
+        band: keys that a query sees before and behind its own position.
+        offset: of the first query against the first key.
+        together: heads whose items follow each other, the longest first.
+    """
+    start, item, step, rows = _BAND[dim > 64]
+    first = np.arange(-(-q_len // rows))[::-1] * rows + offset
+    last = np.minimum(first + rows, q_len + offset) - 1
+    begin = np.maximum(0, first - band[0]) // _BAND_STEP
+    end = -(-np.clip(last + band[1] + 1, 0, kv_len) // _BAND_STEP)
+    times = item + step * np.maximum(0, end - begin)
+    sections = [together] * (copies // together) + [copies % together]
+    dealt = np.concatenate([np.repeat(times, heads) for heads in sections])
+    dealt = np.pad(dealt, (0, -len(dealt) % processors)).reshape(-1, processors)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return start + float(dealt.sum(0).max())
 
 
 def cudnn_us(copies: int, q_len: int, kv_len: int, dim: int, processors: int) -> float:

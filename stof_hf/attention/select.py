@@ -17,6 +17,8 @@ from .granules import Layout
 from .model import cudnn_us, launch_us
 from .plan import longest_row
 
+#: Bytes of keys and values that the band kernel's blocks read at a time, to stay in L2.
+BAND_L2 = 24 << 20
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
 

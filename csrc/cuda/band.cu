@@ -1,8 +1,8 @@
 // Attention to a band of keys for Hopper (sm_90a): no mask, a causal one, or a window; head sizes 64
 // and 128, fp16 and bf16.
 //
-// Tiling: a block has kGroups consumer warpgroups of 64 consecutive query rows of one head, and a
-// producer warp. A step is kKeys keys, one box of the copy engine per 64 columns. What a block
+// Tiling: a block has two consumer warpgroups, or three where the head size is 64, of 64 consecutive
+// query rows of one head each, and a producer warp. A step is kKeys keys, one box of the copy engine per 64 columns. What a block
 // streams follows from its rows alone, so there is no plan.
 // Pipeline: blocks are persistent. The producer runs ahead, over item borders, through rings of keys
 // and values that are released apart, and two buffers for queries. A consumer issues the scores of a
@@ -22,22 +22,22 @@
 namespace stof {
 namespace {
 
-template <int D>
+template <int D, int Groups>
 struct Config {
   static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
-  static constexpr int kGroups = D == 64 ? 3 : 2;
+  static constexpr int kGroups = Groups;
   static constexpr int kKeys = 128;
   static constexpr int kStages = D == 64 ? 4 : 2;
-  static constexpr int kQueries = 2;  // buffers
+  static constexpr int kQueries = 2;  // buffers, handed back an item later
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Registers are handed from the producer's warpgroup to the consumers.
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24, kConsumerRegisters = kGroups == 3 ? 160 : 240;
 };
 
-template <typename T, int D>
+template <typename T, int D, int Groups>
 struct Shared {
-  using C = Config<D>;
+  using C = Config<D, Groups>;
   alignas(1024) T query[C::kQueries][C::kGroups][C::kChunks][64][64];
   alignas(1024) T key[C::kStages][C::kChunks][C::kKeys][64];
   alignas(1024) T value[C::kStages][C::kChunks][C::kKeys][64];
@@ -106,9 +106,9 @@ struct Ring {
   }
 };
 
-template <typename T, int D>
-__device__ void produce(const Maps& maps, const Band& a, Shared<T, D>& s) {
-  using C = Config<D>;
+template <typename T, int D, int Groups>
+__device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
+  using C = Config<D, Groups>;
   constexpr int kStepBytes = C::kKeys * D * (int)sizeof(T), kGroupBytes = 64 * D * (int)sizeof(T);
   Ring<C::kStages> keys, values;
   Ring<C::kQueries> q;
@@ -151,9 +151,9 @@ __device__ void produce(const Maps& maps, const Band& a, Shared<T, D>& s) {
   }
 }
 
-template <typename T, int D>
-__device__ void consume(const Maps& maps, const Band& a, Shared<T, D>& s) {
-  using C = Config<D>;
+template <typename T, int D, int Groups>
+__device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
+  using C = Config<D, Groups>;
   constexpr int kChunkBytes = C::kKeys * 64 * (int)sizeof(T), kQueryChunkBytes = 64 * 64 * (int)sizeof(T);
   const int group = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4;
@@ -170,6 +170,17 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D>& s) {
   constexpr int kTurn = 1;
   const int turn = kTurn + group, next_turn = kTurn + (group + 1 == C::kGroups ? 0 : group + 1);
   if (group == C::kGroups - 1) named_barrier_arrive(kTurn, 256);
+
+  // The buffer of queries that the last results are stored from: it is handed back beside products.
+  int stored = -1;
+  auto hand_back = [&]() {
+    if (stored >= 0 && lane == 0) {
+      wait_boxes_read();
+      barrier_arrive(&s.query_empty[stored]);
+    }
+    __syncwarp();
+    stored = -1;
+  };
 
   for (int round = 0; round * (int)gridDim.x < a.n_items; ++round) {
     const int item = item_of(round);
@@ -244,6 +255,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D>& s) {
       barrier_wait(&s.key_full[keys.at], keys.parity);
       wgmma_fence();
       issue_scores();
+      hand_back();
       wgmma_wait<0>();
       pin(scores);
       release(&s.key_empty[keys.at]);
@@ -290,6 +302,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D>& s) {
       values.next();
       skip(own_first - all.first);
     } else {
+      hand_back();
       skip(all.end - all.first);
     }
 
@@ -313,22 +326,22 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D>& s) {
 #pragma unroll
         for (int c = 0; c < C::kChunks; ++c)
           store_box(&maps.out, s.query[q.at][group][c][first], 64 * c, first_row + first, t.head, t.batch);
-        wait_boxes_read();
       }
     }
-    release(&s.query_empty[q.at]);
+    stored = q.at;
     q.next();
   }
+  hand_back();
   if (group == 0) named_barrier(kTurn, 256);
 }
 
-template <typename T, int D>
-__global__ void __launch_bounds__(Config<D>::kThreads, 1)
+template <typename T, int D, int Groups>
+__global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
     band_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Band a) {
   extern __shared__ unsigned char memory[];
   // The start of dynamic shared memory is not aligned by itself.
-  auto& s = *reinterpret_cast<Shared<T, D>*>(memory + (-shared_address(memory) & 1023));
-  using C = Config<D>;
+  auto& s = *reinterpret_cast<Shared<T, D, Groups>*>(memory + (-shared_address(memory) & 1023));
+  using C = Config<D, Groups>;
   const int warp = uniform(threadIdx.x / 32);
   if (threadIdx.x == 0) {
     prefetch_map(&maps.query);
@@ -349,16 +362,16 @@ __global__ void __launch_bounds__(Config<D>::kThreads, 1)
   __syncthreads();
   if (warp >= 4 * C::kGroups) {
     registers_down<C::kProducerRegisters>();
-    if (threadIdx.x == 128 * C::kGroups) produce<T, D>(maps, a, s);
+    if (threadIdx.x == 128 * C::kGroups) produce(maps, a, s);
   } else {
     registers_up<C::kConsumerRegisters>();
-    consume<T, D>(maps, a, s);
+    consume(maps, a, s);
   }
 }
 
-template <typename T, int D>
+template <typename T, int D, int Groups>
 const char* run(const Problem& p, cudaStream_t stream) {
-  using C = Config<D>;
+  using C = Config<D, Groups>;
   const Encode encode = find_encode();
   if (!encode) return kNoEncode;
   Maps maps;
@@ -386,9 +399,9 @@ const char* run(const Problem& p, cudaStream_t stream) {
                   (int)(p.offset - p.left),
                   (int)(p.offset + p.right),
                   (float)(p.scale * kLog2e)};
-  constexpr int kBytes = (int)sizeof(Shared<T, D>) + 1024;
+  constexpr int kBytes = (int)sizeof(Shared<T, D, Groups>) + 1024;
   static Launcher launcher;
-  const auto kernel = band_kernel<T, D>;
+  const auto kernel = band_kernel<T, D, Groups>;
   cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
   const dim3 grid((unsigned)(p.grid < copies * tiles ? p.grid : copies * tiles));
   if (error == cudaSuccess) error = launcher.launch(kernel, grid, C::kThreads, kBytes, 1, stream, maps, a);
@@ -399,7 +412,11 @@ const char* run(const Problem& p, cudaStream_t stream) {
 }  // namespace stof
 
 extern "C" const char* stof_run(const stof::Problem* problem, void* stream) {
-  return stof::run<STOF_DTYPE, STOF_HEAD_DIM>(*problem, static_cast<cudaStream_t>(stream));
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+#if STOF_HEAD_DIM == 64
+  if (problem->rows == 192) return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 3>(*problem, on);
+#endif
+  return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 2>(*problem, on);
 }
 
 extern "C" int64_t stof_problem_bytes() { return sizeof(stof::Problem); }

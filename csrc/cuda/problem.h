@@ -98,6 +98,7 @@ struct Problem {
   int64_t with_lse;
   // Where there is neither plan nor mask, query i sees the keys i + offset - left .. i + offset + right.
   int64_t offset, left, right;
+  int64_t rows;      // of a block
   int64_t together;  // heads whose blocks should run at a time: their keys and values stay in L2
 };
 

@@ -29,7 +29,9 @@ def prepare(
 
     Raises BuildError where the kernel cannot be built.
     """
-    if not computes(q, k, v, mask, bias, scale, softcap) or not select.band_is_ahead(q, k, mask):
+    if not computes(q, k, v, mask, bias, scale, softcap):
+        return None
+    if not select.band_is_ahead(q, k, mask, band_of(mask.pattern)):
         return None
     return BandCall(q, k, v, mask, sinks, scale, with_lse)
 
@@ -75,12 +77,12 @@ class BandCall(Call):
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        sinks: torch.Tensor | None, scale: float, with_lse: bool = True,
+        sinks: torch.Tensor | None, scale: float, with_lse: bool = True, rows: int | None = None,
     ):  # fmt: skip
         super().__init__("band", q.shape[3], q, k, v, mask, None, sinks, scale, 0.0, with_lse)
         p = self.problem
-        p.left, p.right = band_of(mask.pattern)
+        p.left, p.right = band = band_of(mask.pattern)
         p.offset = mask.q_offset - mask.kv_offset
         p.grid = select.multiprocessors(q.device)
-        per_head = k.shape[2] * 2 * k.shape[3] * k.itemsize * k.shape[1] // q.shape[1]
-        p.together = max(1, min(q.shape[0] * q.shape[1], select.BAND_L2 // per_head))
+        p.rows = rows or select.band_rows(q, k, mask, band)
+        p.together = select.band_together(q, k)

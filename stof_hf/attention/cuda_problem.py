@@ -62,7 +62,7 @@ class Problem(ctypes.Structure):
         ("splits", ctypes.c_int64),
         *(
             (name, ctypes.c_int64)
-            for name in ("with_lse", "offset", "left", "right", "together")
+            for name in ("with_lse", "offset", "left", "right", "rows", "together")
         ),
     ]  # fmt: skip
 

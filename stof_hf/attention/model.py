@@ -95,25 +95,30 @@ def launch_us(
     return kernel.start + max(full, chain, *bounds) + _UNEVEN * min(full, chain) + merge
 
 
-#: By whether the head size is above 64: the start of a launch of the band kernel, what a block takes
-#: for an item besides its steps, and for a step of 128 keys, in us; and the rows of an item.
-_BAND = {False: (3.5, 1.2, 0.45, 192), True: (3.5, 1.2, 0.45, 128)}
+#: Of the band kernel, by whether the head size is above 64 and the rows of an item: what a launch,
+#: an item, and a step of 128 keys take, in us.
+BAND = {
+    (False, 192): (1.5, 2.0, 1.62),
+    (False, 128): (1.5, 1.6, 1.15),
+    (True, 128): (1.5, 2.0, 1.70),
+}
 _BAND_STEP = 128
 
 
 def band_us(
-    copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int, together: int,
-    dim: int, processors: int,
+    rows: int, copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int,
+    together: int, dim: int, processors: int,
 ) -> float:  # fmt: skip
     """Predicted time of csrc/cuda/band.cu in us: what the busiest block takes of the items, which
     are dealt out in turns of alternating direction.
 
     Args:
+        rows: query rows of an item.
         band: keys that a query sees before and behind its own position.
         offset: of the first query against the first key.
         together: heads whose items follow each other, the longest first.
     """
-    start, item, step, rows = _BAND[dim > 64]
+    start, item, step = BAND[dim > 64, rows]
     first = np.arange(-(-q_len // rows))[::-1] * rows + offset
     last = np.minimum(first + rows, q_len + offset) - 1
     begin = np.maximum(0, first - band[0]) // _BAND_STEP

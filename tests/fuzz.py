@@ -7,7 +7,7 @@ What the kernels allocate was filled with NaN before. Without a GPU the CPU back
 
 Triton takes seconds to compile a kernel, so that what it compiles for is drawn by kinds of cases:
 those of one kind run one after the other in one process. Its kernels compute the cases that they
-are chosen for, and one in eight of the others; CUDA kernels all that they can.
+are chosen for, and one in 16 of the others; CUDA kernels all that they can.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from stof_hf.errors import MaskError
 
 TOLERANCE = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float32: 3e-5}
 LAYOUTS = ((2, False), (1, True), (1, False))
-KINDS = 120
+KINDS = 100
 #: With it every pair of features occurs in some kind.
-SEED = 185
+SEED = 254
 
 
 class Kind:
@@ -62,6 +62,7 @@ class Kind:
         # begin anywhere.
         memory = ["aligned"] if plain or rng.random() < 0.4 else ["aligned", "wide", "odd"]
         self.memory = [rng.choice(memory) for _ in range(3)]
+        self.most_keys = rng.choice([200, 900])
 
 
 class Case:
@@ -76,7 +77,9 @@ class Case:
         self.batch, self.kv_heads = rng.choice([1, 2, 3]), rng.choice([1, 2, 3])
         self.heads = self.kv_heads * kind.group
         self.q_len = rng.randrange(1, 1 + kind.most)
-        self.kv_len = rng.choice([self.q_len, rng.randrange(1, 200), rng.randrange(1, 900)])
+        self.kv_len = rng.randrange(1, 1 + kind.most_keys)
+        if rng.random() < 1 / 3:
+            self.kv_len = self.q_len
         self.kv_len = -(-self.kv_len // kind.unit) * kind.unit
         self.mask = self._mask()
         query, key, value = kind.memory
@@ -180,7 +183,7 @@ class Case:
             for splits in rng.sample([1, 2, 7, 8, 40], 2):
                 call = cuda_decode.DecodeCall(q, k, v, mask, wide, sinks, *rest, splits)
                 yield f"decode {splits}", partial(self._run, call, wide)
-        if rng.random() < 1 / 8 and not self.triton_is_chosen():
+        if rng.random() < 1 / 16 and not self.triton_is_chosen():
             call = triton.prepare(q, k, v, mask, wide, sinks, *rest, False, self.kind.with_lse)
             yield "triton", partial(self._run, call, wide)
 

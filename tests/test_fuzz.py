@@ -27,6 +27,7 @@ def test_every_pair_of_features_occurs():
             kind.dtype, kind.dim, kind.group, kind.most, kind.unit, kind.padded, kind.sinks,
             kind.several, kind.with_lse, kind.softcap, kind.bias and kind.bias.itemsize,
             kind.bias and kind.bias_by_key, "wide" in kind.memory, "odd" in kind.memory,
+            kind.most_keys,
         )
         for kind in map(Kind, range(KINDS))
     ]  # fmt: skip

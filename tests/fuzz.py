@@ -24,6 +24,7 @@ from functools import partial
 
 import torch
 from rich.progress import track
+from triton import knobs
 
 from stof_hf import SparseMask, attention, patterns
 from stof_hf.attention import cuda, cuda_decode, select, triton
@@ -175,9 +176,8 @@ class Case:
         wide = None if bias is None else bias[(None,) * (4 - bias.ndim)]
         for family in cuda.families(q, k, v, mask, wide, *rest):
             for _ in range(2):
-                call = cuda.BlockCall(
-                    family, q, k, v, mask, wide, sinks, *rest, config := self._config(family)
-                )
+                config = self._config(family)
+                call = cuda.BlockCall(family, q, k, v, mask, wide, sinks, *rest, config)
                 yield f"{family} {config}", partial(self._run, call, wide)
         if cuda_decode.prepare(q, k, v, mask, wide, sinks, *rest) is not None:
             for splits in rng.sample([1, 2, 7, 8, 40], 2):
@@ -251,8 +251,6 @@ def run(number: int) -> tuple[int, list[str], str]:
 
 def run_kind(numbers: list[int]) -> tuple[list[tuple[int, list[str], str]], int]:
     """(what `run` says of each, how many kernels Triton compiled)"""
-    from triton import knobs
-
     compiled = []
     knobs.compilation.listener = lambda *, cache_hit, **rest: cache_hit or compiled.append(1)
     return [run(number) for number in numbers], len(compiled)

@@ -296,6 +296,8 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     exact, roomy = q.dtype == torch.float32, has_much_shared_memory(q.device)
     take = max(1, min(q_len, (32 if exact and dim > 128 else 64) // group))
     rows = max(16, 1 << (take * group - 1).bit_length())
+    # The rows that there is room for anyway: calls of 2 to 16 queries share compiled kernels.
+    take = 1 if q_len == 1 else rows // group
     large = dim > 128 or (exact and dim > 64)
     keys = 32 if large and not (roomy and not exact) else 64
     stages = 3 if not large else 2 if roomy else 1

@@ -27,7 +27,7 @@ from rich.progress import track
 from triton import knobs
 
 from stof_hf import SparseMask, attention, patterns
-from stof_hf.attention import cuda, cuda_decode, select, triton
+from stof_hf.attention import cuda, cuda_band, cuda_decode, select, triton
 from stof_hf.attention.granules import Layout
 from stof_hf.attention.reference import reference_attention
 from stof_hf.errors import MaskError
@@ -179,6 +179,12 @@ class Case:
                 config = self._config(family)
                 call = cuda.BlockCall(family, q, k, v, mask, wide, sinks, *rest, config)
                 yield f"{family} {config}", partial(self._run, call, wide)
+        if cuda_band.computes(q, k, v, mask, wide, *rest):
+            for rows in (128, 192) if self.dim == 64 else (128,):
+                call = cuda_band.BandCall(q, k, v, mask, sinks, self.scale, rows=rows)
+                call.problem.grid = rng.choice([1, 8, 132])
+                call.problem.together = rng.randrange(1, self.batch * self.heads + 1)
+                yield f"band {rows}", partial(self._run, call, wide)
         if cuda_decode.prepare(q, k, v, mask, wide, sinks, *rest) is not None:
             for splits in rng.sample([1, 2, 7, 8, 40], 2):
                 call = cuda_decode.DecodeCall(q, k, v, mask, wide, sinks, *rest, splits)

@@ -312,7 +312,7 @@ def test_result_does_not_depend_on_threads(dtype):
 
 @pytest.mark.skipif(cpu._library() is None, reason="no C++ compiler")
 def test_threads_without_an_openmp_runtime(monkeypatch):
-    monkeypatch.setattr(cpu, "_parallel", lambda: 0)
+    monkeypatch.setattr(cpu, "openmp", lambda: 0)
     q, k, v = make(2, 4, 4, 300, 300, 64)
     check(cpu.forward(q, k, v, None, scale=0.1), dense(q, k, v, scale=0.1))
 

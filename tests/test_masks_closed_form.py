@@ -71,6 +71,8 @@ def test_random_blocks(blocks, size, seed, fill, causal, offset):
         p.Documents(IDS.T.contiguous().T),
         p.Documents(torch.arange(900) // 130) | p.Documents(IDS),
         p.Documents(torch.arange(100) // 7),
+        p.Documents(torch.arange(900) // 90 % 3),
+        p.Documents(torch.arange(900) // 33 % 3 - 1) & ~p.Causal(),
         p.Documents(torch.full((5,), -1)),
         p.Documents(torch.stack([torch.arange(700) % n for n in (300, 2)])),
         ~(~p.Causal() | p.GlobalTokens((1, 300)) & ~p.Chunked(100)),

@@ -5,15 +5,13 @@
 // costliest first, so that the rows of global tokens, which see every key, neither come last nor
 // alone: an item with more than 1/64 of all work is split over its keys, and whoever finishes its
 // last part adds the parts up. The split depends on the mask alone, so results do not depend on the
-// number of threads. Nothing here knows of torch: threads are those of the OpenMP runtime the
-// caller passes in, or std::thread.
+// number of threads. Nothing here knows of torch.
 
 #include <atomic>
 #include <exception>
-#include <system_error>
-#include <thread>
 #include <utility>
 
+#include "../team.h"
 #include "kernels.h"
 
 namespace stof {
@@ -140,47 +138,25 @@ class Job {
   explicit Job(const Problem& p)
       : p_(p), value_pad_(round_up(p.value_dim, W)), plan_(make_plan(p, value_pad_)) {}
 
-  bool run() {
+  void run() {
     // Below this many multiply-adds (tens of microseconds) waking a thread costs more than it
     // brings.
     constexpr int64_t kGrain = 1 << 20;
     const int64_t work =
         plan_.work * std::min<int64_t>(p_.q_len, kTile) * kTile * (p_.head_dim + p_.value_dim);
-    const int64_t threads = std::min({p_.threads, (int64_t)plan_.items.size(), 1 + work / kGrain});
-    if (threads <= 1) {
-      work_on(this);
-    } else if (p_.parallel) {
-      using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-      reinterpret_cast<Parallel>(p_.parallel)(work_on, this, (unsigned)threads, 0);
-    } else {
-      std::vector<std::thread> team;
-      try {
-        for (int64_t i = 1; i < threads; ++i) team.emplace_back(work_on, this);
-      } catch (const std::system_error&) {
-        // The system gives no more threads: those there are take all items.
-      }
-      work_on(this);
-      for (std::thread& t : team) t.join();
-    }
-    return !failed_;
+    const Team team(p_.parallel, p_.threads, kGrain);
+    const int64_t threads = std::min(team.threads((double)(work + kGrain)),
+                                     (int64_t)plan_.items.size());
+    team.run(threads, [this] { take_items(); });
   }
 
  private:
-  static void work_on(void* job) {
-    Job& self = *static_cast<Job*>(job);
-    try {
-      self.take_items();
-    } catch (const std::exception&) {
-      self.failed_ = true;
-    }
-  }
-
   void take_items() {
     static thread_local Scratch scratch;
     Worker<T, Dot> worker(p_, scratch);
     for (;;) {
       const size_t i = next_.fetch_add(1, std::memory_order_relaxed);
-      if (i >= plan_.items.size() || failed_) return;
+      if (i >= plan_.items.size()) return;
       const Item& item = plan_.items[i];
       const int64_t first_row = (int64_t)item.tile * kTile;
       const int rows = (int)std::min<int64_t>(kTile, p_.q_len - first_row);
@@ -209,12 +185,11 @@ class Job {
   const int64_t value_pad_;
   Plan plan_;
   std::atomic<size_t> next_{0};
-  std::atomic<bool> failed_{false};
 };
 
 template <typename T, bool Dot = false>
-static bool run(const Problem& p) {
-  return Job<T, Dot>(p).run();
+static void run(const Problem& p) {
+  Job<T, Dot>(p).run();
 }
 
 }  // namespace stof
@@ -225,12 +200,17 @@ extern "C" __attribute__((visibility("default"))) int stof_attention_forward(
   using namespace stof;
   const Problem& p = *problem;
   try {
-    if (p.dtype == kFloat32) return !run<float>(p);
-    if (p.dtype == kFloat16) return !run<fp16>(p);
+    if (p.dtype == kFloat32)
+      run<float>(p);
+    else if (p.dtype == kFloat16)
+      run<fp16>(p);
 #if STOF_BF16_DOT
-    if (p.head_dim % 2 == 0) return !run<bf16, true>(p);
+    else if (p.head_dim % 2 == 0)
+      run<bf16, true>(p);
 #endif
-    return !run<bf16>(p);
+    else
+      run<bf16>(p);
+    return 0;
   } catch (const std::exception&) {
     return 1;
   }

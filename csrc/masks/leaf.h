@@ -47,6 +47,12 @@ class Leaf {
   // Makes the segments of a tile row, from the first tile to the last.
   virtual void open(const TileRow& row) = 0;
 
+  // Makes a segment that holds for a tile, whatever it says of others.
+  virtual void open_at(const TileRow& row, int32_t) { open(row); }
+
+  // What a tile row takes, in ns.
+  virtual double cost() const { return 50; }
+
   // The words of a tile. Rows beyond the last query and keys beyond the last one do not matter.
   virtual void words(const TileRow& row, int32_t tile, uint64_t* out) = 0;
 
@@ -89,6 +95,14 @@ class Band : public Leaf {
     close();
   }
 
+  void open_at(const TileRow& row, int32_t tile) override {
+    const int32_t end = tile_from(row.last + high_ + 1);
+    const int32_t full = std::min(tile_from(row.last + low_), end);
+    const bool outside = tile < tile_at(row.first + low_) || tile >= end;
+    const bool inside = tile >= full && tile < tile_at(row.first + high_ + 1);
+    put(row, tile, outside ? kNothing : inside ? kEverything : kSome);
+  }
+
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {
     const int64_t at = row.first - key_of(tile);
     for (int r = 0; r < kTile; ++r) out[r] = span(at + r + low_, at + r + high_ + 1);
@@ -98,6 +112,11 @@ class Band : public Leaf {
   void push_each(int32_t end, const TileRow& row) {
     for (int32_t tile = begin(); tile < end; ++tile)
       push(tile + 1, kSome, row.first - key_of(tile));
+  }
+
+  void put(const TileRow& row, int32_t tile, State state) {
+    segments.clear();
+    push((int32_t)keys_.tiles, state, row.first - key_of(tile));
   }
 
   int64_t low_, high_;
@@ -115,6 +134,15 @@ class Dilated : public Band {
     push(tile_at(row.first + low_), kNothing);
     push_each(tile_from(row.last + high_ + 1), row);
     close();
+  }
+
+  void open_at(const TileRow& row, int32_t tile) override {
+    const bool held = tile >= tile_at(row.first + low_) && tile < tile_from(row.last + high_ + 1);
+    put(row, tile, held ? kSome : kNothing);
+  }
+
+  double cost() const override {
+    return 50 + 10 * (double)std::min(keys_.tiles, (high_ - low_) / kTile);
   }
 
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {

@@ -3,7 +3,7 @@
 
 #include <memory>
 
-#include "spans.h"
+#include "random.h"
 
 namespace stof {
 
@@ -93,14 +93,21 @@ class Program {
 
   // Begins a tile row of `tiles` tiles.
   void open(const TileRow& row, int32_t tiles) {
-    row_ = row;
-    changing_.clear();
-    for (Node* node : leaves_) {
-      node->leaf->open(row);
-      node->at = node->leaf->segments.data();
-      *node->state = node->at->state;
-      if (node->at->end < tiles) changing_.push_back(node);
-    }
+    begin(row, tiles, [&](Leaf& leaf) { leaf.open(row); });
+  }
+
+  // Begins a tile row of which one tile alone is asked for.
+  void open_at(const TileRow& row, int32_t tile, int32_t tiles) {
+    begin(row, tiles, [&](Leaf& leaf) { leaf.open_at(row, tile); });
+  }
+
+  // About what a tile row of so many tiles takes, in ns.
+  double cost(int64_t tiles) const {
+    double cost = 0;
+    for (const Node* node : leaves_) cost += node->leaf->cost();
+    // Where rows follow, those are copied that the first or the last tile cuts, and others cost
+    // little.
+    return follows() ? 30 + 0.3 * cost * std::min(1.0, cost / (10 * (double)tiles)) : cost;
   }
 
   // Calls emit(begin, end, id) for stretches of equal tiles, from `begin` to `last`, that are not known to
@@ -151,6 +158,18 @@ class Program {
     Segment* at = nullptr;
     std::vector<Known> known;  // of a leaf, the last of each hash
   };
+
+  template <typename Open>
+  void begin(const TileRow& row, int32_t tiles, Open open) {
+    row_ = row;
+    changing_.clear();
+    for (Node* node : leaves_) {
+      open(*node->leaf);
+      node->at = node->leaf->segments.data();
+      *node->state = node->at->state;
+      if (node->at->end < tiles) changing_.push_back(node);
+    }
+  }
 
   // What each node leaves empty or fills whatever the words of tiles that leaves cut.
   void settle() {

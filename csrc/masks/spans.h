@@ -1,6 +1,8 @@
 // Leaves of which some queries of a tile row see one stretch of keys, others another: chunks,
-// packed documents, random blocks.
+// packed documents.
 #pragma once
+
+#include <utility>
 
 #include "leaf.h"
 
@@ -102,7 +104,14 @@ class Chunks : public Spans {
 class Documents : public Spans {
  public:
   Documents(const Keys& keys, const int64_t* ids, int64_t batch, int64_t n)
-      : Spans(keys), ids_(ids), batch_(batch), n_(n) {}
+      : Spans(keys), ids_(ids), batch_(batch), n_(n) {
+    number(0);
+  }
+
+  double cost() const override {
+    const double stretches = (double)stretches_.size();
+    return mixed_ ? 40 * (double)keys_.tiles : 100 + 30 * stretches / (double)(documents_ + 1);
+  }
 
   void open(const TileRow& row) override {
     const int64_t of = batch_ == 1 ? 0 : row.batch;
@@ -110,9 +119,23 @@ class Documents : public Spans {
     if (mixed_) return open_mixed(row);
     spans_.clear();
     auto s = std::upper_bound(stretches_.begin(), stretches_.end(), row.first);
-    for (--s; s + 1 < stretches_.end() && *s <= row.last; ++s)
-      if (ids_[opened_ * n_ + *s] >= 0) spans_.push_back({s[0], s[1], s[0], s[1]});
-    push_spans(row, true, true);
+    bool apart = true;
+    for (--s; s + 1 < stretches_.end() && *s <= row.last; ++s) {
+      if (ids_[opened_ * n_ + *s] < 0) continue;
+      const size_t begin = spans_.size();
+      int32_t other = (int32_t)(s - stretches_.begin());
+      // All stretches of the document, from the first on.
+      if (!first_.empty()) other = first_[numbers_[other]];
+      for (; other >= 0; other = next_.empty() ? -1 : next_[other])
+        spans_.push_back({s[0], s[1], stretches_[other], stretches_[other + 1]});
+      // A document may come twice in a tile row.
+      for (size_t i = 0; i < begin; ++i) apart &= spans_[i].first_key != spans_[begin].first_key;
+    }
+    if (!first_.empty())
+      std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) {
+        return a.first_key < b.first_key;
+      });
+    push_spans(row, apart, true);
   }
 
   void words(const TileRow& row, int32_t tile, uint64_t* out) override {
@@ -151,7 +174,18 @@ class Documents : public Spans {
       }
       numbers_.push_back(at + 1);
     }
+    documents_ = (int64_t)documents.size();
+    first_.clear(), next_.clear();
     if (!mixed_) return;
+    // Long stretches are seen as spans, which fill tiles; short ones by position.
+    mixed_ = n_ < kTile * (int64_t)stretches_.size() / 2;
+    if (!mixed_) {
+      first_.assign(documents.size() + 1, -1);
+      next_.assign(numbers_.size(), -1);
+      for (int32_t s = (int32_t)numbers_.size(); s-- > 0;)
+        next_[s] = std::exchange(first_[numbers_[s]], s);
+      return;
+    }
     std::vector<int32_t> numbers(n_);
     for (size_t s = 0; s + 1 < stretches_.size(); ++s)
       std::fill(numbers.begin() + stretches_[s], numbers.begin() + stretches_[s + 1], numbers_[s]);
@@ -186,95 +220,13 @@ class Documents : public Spans {
   const int64_t batch_, n_;
   int64_t opened_ = -1;
   std::vector<int64_t> stretches_;  // where each stretch of equal ids begins, and the end of all
-  bool mixed_ = false;              // a document lies in several stretches: then by position
-  std::vector<int32_t> numbers_;
+  bool mixed_ = false;              // a document lies in several short stretches
+  int64_t documents_ = 0;
+  std::vector<int32_t> numbers_;  // of the document of each stretch; of each position where mixed
+  // Where documents lie in several long stretches: the first of each, and that behind each.
+  std::vector<int32_t> first_, next_;
   std::vector<uint64_t> held_;
   std::vector<int32_t> place_, placed_;
-};
-
-// Each block of queries sees key blocks drawn at random; see stof_hf/masks/random_blocks.py.
-class RandomBlocks : public Spans {
- public:
-  // blocks: drawn for each block of queries. of: key blocks to draw from, or 0: those up to the
-  // queries' own. fill: share of the elements, in units of 2^-24.
-  RandomBlocks(const Keys& keys, int64_t blocks, int64_t size, uint64_t seed, uint64_t fill,
-               int64_t of)
-      : Spans(keys), blocks_(blocks), size_(size), seed_(seed), fill_(fill), of_(of) {}
-
-  void open(const TileRow& row) override {
-    spans_.clear();
-    const int64_t first = row.first / size_, last = row.last / size_;
-    for (int64_t block = first; block <= last; ++block) draw(block);
-    std::sort(spans_.begin(), spans_.end(),
-              [](const Span& a, const Span& b) { return a.first_key < b.first_key; });
-    const bool apart = first == last && fill_ == kWhole;
-    if (apart) join();
-    push_spans(row, apart, fill_ == kWhole);
-  }
-
-  void words(const TileRow& row, int32_t tile, uint64_t* out) override {
-    Spans::words(row, tile, out);
-    if (fill_ == kWhole) return;
-    for (int r = 0; r < kTile; ++r) {
-      if (!out[r]) continue;
-      const uint64_t of_row = draw_from((uint64_t)(row.first + r + 1) + seed_);
-      const int end = kTile - __builtin_clzll(out[r]);
-      Lanes held = {};
-      for (int c = __builtin_ctzll(out[r]) & ~7; c < end; c += 8) {
-        const Lanes lane = Lanes{0, 1, 2, 3, 4, 5, 6, 7} + (uint64_t)c;
-        const Lanes drawn = draw_from(of_row ^ (lane + (uint64_t)key_of(tile)));
-        held |= (Lanes)((drawn & 0xffffff) < fill_) & ((Lanes{} + 1) << lane);
-      }
-      uint64_t word = 0;
-      for (int i = 0; i < 8; ++i) word |= held[i];
-      out[r] &= word;
-    }
-  }
-
- private:
-  static constexpr uint64_t kWhole = 1 << 24;
-  typedef uint64_t Lanes __attribute__((vector_size(64)));
-
-  // splitmix64 (Steele, Lea and Flood, 2014).
-  template <typename T>
-  static inline T draw_from(T x) {
-    x *= 0x9e3779b97f4a7c15ull;
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-  }
-
-  // Floyd's sampling without replacement (Bentley and Floyd, 1987).
-  void draw(int64_t block) {
-    const int64_t total = of_ ? of_ : block + 1;
-    const uint64_t base = draw_from(draw_from((uint64_t)block + 1) + seed_);
-    const size_t begin = spans_.size();
-    for (int64_t i = 0; i < blocks_; ++i) {
-      const int64_t top = total - blocks_ + i;
-      if (top < 0) continue;
-      const int64_t pick = (int64_t)((draw_from(base + (uint64_t)i) >> 1) % (uint64_t)(top + 1));
-      const bool taken = std::any_of(spans_.begin() + begin, spans_.end(), [&](const Span& s) {
-        return s.first_key == pick * size_;
-      });
-      const int64_t key = (taken ? top : pick) * size_, row = block * size_;
-      spans_.push_back({row, row + size_, key, key + size_});
-    }
-  }
-
-  void join() {
-    size_t kept = 0;
-    for (size_t i = 1; i < spans_.size(); ++i) {
-      if (spans_[i].first_key == spans_[kept].last_key)
-        spans_[kept].last_key = spans_[i].last_key;
-      else
-        spans_[++kept] = spans_[i];
-    }
-    spans_.resize(std::min(spans_.size(), kept + 1));
-  }
-
-  const int64_t blocks_, size_;
-  const uint64_t seed_, fill_;
-  const int64_t of_;
 };
 
 }  // namespace stof

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 namespace stof {
@@ -32,6 +33,11 @@ inline uint64_t fold(uint64_t a, uint64_t b) {
 // Open addressing over entries that lie elsewhere: slots hold an index, or -1.
 class Slots {
  public:
+  // entries: how many to make room for.
+  explicit Slots(int64_t entries = 0) {
+    while ((int64_t)slots_.size() < 2 * entries) grow();
+  }
+
   // The index of an entry with this hash for which same(index) holds, or -1 after `next` has been
   // put in its place.
   template <typename Same>
@@ -82,16 +88,24 @@ class TileSet {
       return std::memcmp((*this)[i], words, sizeof(uint64_t) * kTile) == 0;
     });
     if (found >= 0) return found;
-    words_.insert(words_.end(), words, words + kTile);
-    return size() - 1;
+    if (size() % kShelf == 0) shelves_.emplace_back(new uint64_t[kShelf * kTile]);
+    hashes_.push_back(all);
+    const int32_t last = size() - 1;
+    std::memcpy(shelves_.back().get() + last % kShelf * kTile, words, sizeof(uint64_t) * kTile);
+    return last;
   }
 
-  const uint64_t* operator[](int32_t i) const { return words_.data() + (int64_t)i * kTile; }
-  int32_t size() const { return (int32_t)(words_.size() / kTile); }
-  const std::vector<uint64_t>& words() const { return words_; }
+  const uint64_t* operator[](int32_t i) const {
+    return shelves_[i / kShelf].get() + i % kShelf * kTile;
+  }
+  int32_t size() const { return (int32_t)hashes_.size(); }
+  uint64_t hash(int32_t i) const { return hashes_[i]; }
 
  private:
-  std::vector<uint64_t> words_;
+  static constexpr int32_t kShelf = 16;  // tiles that lie together: they never move
+
+  std::vector<std::unique_ptr<uint64_t[]>> shelves_;
+  std::vector<uint64_t> hashes_;
   Slots slots_;
 };
 

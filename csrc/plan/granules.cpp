@@ -15,57 +15,42 @@ namespace stof {
 
 class Plan : public Result {
  public:
-  explicit Plan(const PlanRequest& p) : contents_(p), rows_(p, contents_), steps_(p, contents_) {
-    std::vector<int32_t> ends;
-    blocks_.reserve(rows_.tiles.size());
-    int32_t at = 0;
-    for (int32_t end : rows_.ends) {
-      const int32_t ordinary = at + (int32_t)p.tile_rows;
-      while (at < end) {
-        const Rows::Tile& one = rows_.tiles[at];
-        const bool paired = p.tiles == 2 && at + 1 < ordinary;
-        if (rows_.repeats(at, 1 + paired)) {
-          blocks_.push_back(steps_.shifted(blocks_.back(), &one, 1 + paired));
-        } else if (!paired) {
-          blocks_.push_back(steps_.block(rows_, one, nullptr));
-        } else if (const Rows::Tile& two = rows_.tiles[at + 1]; rows_.alike(one, two)) {
-          blocks_.push_back(steps_.block(rows_, one, &two));
-        } else {
-          blocks_.push_back(steps_.block(rows_, one, nullptr));
-          blocks_.push_back(steps_.block(rows_, two, nullptr));
-        }
-        at += 1 + paired;
-      }
-      ends.push_back((int32_t)blocks_.size());
-    }
-    schedule_ = std::make_unique<Schedule>(p, blocks_, steps_.parts, ends);
-    if (steps_.bits.empty()) steps_.bits.assign(2 * kTile, 0);
-  }
+  explicit Plan(const PlanRequest& p)
+      : Result(p.threads),
+        contents_(p, team_),
+        rows_(p, contents_, team_),
+        blocks_(p, rows_, contents_, team_),
+        schedule_(p, blocks_.blocks, blocks_.parts, blocks_.ends) {}
 
   // Counts and then offsets, as stof_hf/attention/granules.py reads them.
   void describe(int64_t* info) {
-    *info++ = (int64_t)schedule_->items.size();
-    *info++ = (int64_t)steps_.steps.size();
-    *info++ = (int64_t)steps_.bits.size() / (2 * kTile);
+    *info++ = (int64_t)schedule_.items.size();
+    *info++ = blocks_.steps();
+    *info++ = blocks_.contents();
     *info++ = (int64_t)rows_.lists.size() / kTile;
-    *info++ = (int64_t)schedule_->merges.size();
-    *info++ = (int64_t)schedule_->queue.size();
-    *info++ = schedule_->slots;
-    *info++ = append(schedule_->items);
-    *info++ = append(steps_.steps);
-    *info++ = append(steps_.bits);
+    *info++ = (int64_t)schedule_.merges.size();
+    *info++ = (int64_t)schedule_.queue.size();
+    *info++ = schedule_.slots;
+    *info++ = append(schedule_.items);
+    *info++ = append(blocks_.steps() * sizeof(Step), blocks_.steps(), 3,
+                     [this](char* to, int64_t first, int64_t last) {
+                       blocks_.write_steps((Step*)to, first, last);
+                     });
+    *info++ = append(blocks_.contents() * 2 * kTile * sizeof(uint32_t), blocks_.contents(), 200,
+                     [this](char* to, int64_t first, int64_t last) {
+                       blocks_.write_bits((uint32_t*)to, first, last);
+                     });
     *info++ = append(rows_.lists);
-    *info++ = append(schedule_->merges);
-    *info++ = append(schedule_->queue);
+    *info++ = append(schedule_.merges);
+    *info++ = append(schedule_.queue);
     *info++ = bytes();
   }
 
  private:
   Contents contents_;
   Rows rows_;
-  Steps steps_;
-  std::vector<Block> blocks_;
-  std::unique_ptr<Schedule> schedule_;
+  Blocks blocks_;
+  Schedule schedule_;
 };
 
 }  // namespace stof

@@ -5,6 +5,7 @@
 #include <climits>
 #include <cstdint>
 
+#include "../masks/result.h"
 #include "../masks/tiles.h"
 
 namespace stof {
@@ -26,6 +27,7 @@ struct PlanRequest {
   int64_t tiles, paired;
   // Batch elements and heads, thread blocks that run at once, copies that should run together.
   int64_t copies, workers, together;
+  Threads threads;
   double item_cost, merge_cost;
 };
 
@@ -38,5 +40,13 @@ struct Run {
   int32_t col, len, content;
   int32_t end() const { return col + len; }
 };
+
+// Calls work(first, last) for parts of [0, count), each of which takes about `cost` ns.
+template <typename Work>
+void in_parts(const Team& team, int64_t count, double cost, Work work) {
+  const int64_t threads = team.threads(cost * (double)count);
+  const int64_t parts = threads > 1 ? 4 * threads : 1;
+  team.each(parts, threads, [&](int64_t i) { work(count * i / parts, count * (i + 1) / parts); });
+}
 
 }  // namespace stof

@@ -9,75 +9,21 @@
 #include <cstring>
 #include <vector>
 
-#include "plan.h"
+#include "contents.h"
 
 namespace stof {
 
-// The mask's tiles and those that gathering rows makes, with what is known of their granules: bit g
-// of `held` and `whole` says that granule g holds something, or everything.
-class Contents {
- public:
-  explicit Contents(const PlanRequest& p) : base_(p.words), bases_((int32_t)p.contents) {
-    for (int32_t i = 0; i < bases_; ++i) note(base_ + (int64_t)i * kTile);
-  }
-
-  const uint64_t* operator[](int32_t i) const {
-    return i < bases_ ? base_ + (int64_t)i * kTile : more_[i - bases_];
-  }
-
-  int32_t size() const { return bases_ + more_.size(); }
-
-  int held(int32_t i) const { return i == kFull ? 15 : i == kEmpty ? 0 : held_[i]; }
-  int whole(int32_t i) const { return i == kFull ? 15 : i == kEmpty ? 0 : whole_[i]; }
-
-  // A tile of which only the rows matter whose word in `rows` is all ones (else zero): kFull,
-  // kEmpty or an index.
-  int32_t add(const uint64_t* words, const uint64_t (&rows)[kTile]) {
-    uint64_t any = 0, all = kAll;
-    for (int r = 0; r < kTile; ++r) {
-      any |= words[r] & rows[r];
-      all &= words[r] | ~rows[r];
-    }
-    if (all == kAll) return kFull;
-    if (any == 0) return kEmpty;
-    uint64_t other = 0;
-    for (int g = 0; g < kPerTile; ++g) {
-      const uint64_t granule = 0xffffull << kGranule * g;
-      if ((all & granule) == granule) other |= granule;
-    }
-    uint64_t copy[kTile];
-    for (int r = 0; r < kTile; ++r) copy[r] = (words[r] & rows[r]) | (other & ~rows[r]);
-    const int32_t known = more_.size(), index = more_.add(copy);
-    if (index == known) note(copy);
-    return bases_ + index;
-  }
-
- private:
-  void note(const uint64_t* words) {
-    uint64_t any = 0, all = kAll;
-    for (int r = 0; r < kTile; ++r) {
-      any |= words[r];
-      all &= words[r];
-    }
-    int held = 0, whole = 0;
-    for (int g = 0; g < kPerTile; ++g) {
-      held |= ((any >> kGranule * g & 0xffff) != 0) << g;
-      whole |= ((all >> kGranule * g & 0xffff) == 0xffff) << g;
-    }
-    held_.push_back((uint8_t)held);
-    whole_.push_back((uint8_t)whole);
-  }
-
-  const uint64_t* base_;
-  int32_t bases_;
-  TileSet more_;
-  std::vector<uint8_t> held_, whole_;
+struct Runs {
+  const Run *first, *last;
+  const Run* begin() const { return first; }
+  const Run* end() const { return last; }
 };
 
 // Calls f(begin, end, what a holds, what b holds) for each stretch of key tiles that one of two lists
 // of runs covers.
 template <typename F>
-void join(const Run* a, const Run* a_end, const Run* b, const Run* b_end, F f) {
+void join(const Runs& one, const Runs& two, F f) {
+  const Run *a = one.first, *a_end = one.last, *b = two.first, *b_end = two.last;
   int32_t at = 0;
   while (a != a_end || b != b_end) {
     const int32_t next_a = a != a_end ? std::max(a->col, at) : INT32_MAX;
@@ -95,18 +41,19 @@ class Rows {
  public:
   struct Tile {
     int32_t name;  // problem.h
-    int32_t first, last;  // its runs
+    int64_t first, last;  // its runs: the mask's, and behind those what gathering rows makes
     bool follows;  // they are those of the tile before it, one key tile further on
   };
 
-  std::vector<Run> runs;
   std::vector<Tile> tiles;     // of all patterns, the ordinary ones of each in front
   std::vector<int32_t> ends;   // where each pattern's tiles end
   std::vector<int32_t> lists;  // [n][64]: rows of the tiles with a negative name, -1: none
 
-  Rows(const PlanRequest& p, Contents& contents) : p_(p), contents_(contents) {
-    const int64_t total = p.row_ptr[p.patterns * (p.tile_rows + 1) - 1];
-    runs.reserve(total);
+  Rows(const PlanRequest& p, Contents& contents, const Team& team)
+      : p_(p),
+        contents_(contents),
+        team_(team),
+        given_(p.row_ptr[p.patterns * (p.tile_rows + 1) - 1]) {
     tiles.reserve(p.patterns * p.tile_rows);
     count_granules();
     for (int64_t i = 0; i < p.patterns; ++i) {
@@ -119,6 +66,16 @@ class Rows {
       ends.push_back((int32_t)tiles.size());
     }
     if (lists.empty()) lists.assign(kTile, -1);
+  }
+
+  // The runs of a tile, which may be put into `room`.
+  Runs runs(const Tile& tile, std::vector<Run>& room) const {
+    if (tile.first >= given_)
+      return {made_.data() + (tile.first - given_), made_.data() + (tile.last - given_)};
+    const int64_t count = tile.last - tile.first;
+    if ((int64_t)room.size() < count) room.resize(2 * count);
+    for (int64_t i = 0; i < count; ++i) room[i] = run(tile.first + i);
+    return {room.data(), room.data() + count};
   }
 
   // Whether two tiles may share a block: only if one would not wait long for the other.
@@ -136,7 +93,10 @@ class Rows {
 
   int64_t visits(const Tile& tile) const {
     int64_t sum = 0;
-    for (int32_t i = tile.first; i < tile.last; ++i) sum += runs[i].len;
+    if (tile.first < given_)
+      for (int64_t i = tile.first; i < tile.last; ++i) sum += p_.run_len[i];
+    else
+      for (int64_t i = tile.first; i < tile.last; ++i) sum += made_[i - given_].len;
     return sum;
   }
 
@@ -154,27 +114,41 @@ class Rows {
     follows_.assign(p_.tile_rows, false);
     // The last one may have fewer rows.
     const int64_t whole = p_.q_len / kTile;
-    for (int64_t t = 1; t < whole; ++t) {
-      const int64_t before = ptr[t - 1], at = ptr[t], n = ptr[t + 1] - at;
-      if (n != at - before) continue;
-      const size_t bytes = n * sizeof(int32_t);
-      if (std::memcmp(p_.run_len + at, p_.run_len + before, bytes) != 0 ||
-          std::memcmp(p_.run_bits + at, p_.run_bits + before, bytes) != 0)
-        continue;
-      int32_t other = 0;
-      for (int64_t i = 0; i < n; ++i) other |= p_.run_col[at + i] ^ (p_.run_col[before + i] + 1);
-      follows_[t] = other == 0;
-    }
+    const double runs = (double)(ptr[p_.tile_rows] - *ptr) / (double)(p_.tile_rows + 1);
+    in_parts(team_, whole, 10 + 0.5 * runs, [&](int64_t first, int64_t last) {
+      for (int64_t t = std::max<int64_t>(first, 1); t < last; ++t) follows_[t] = follows(ptr + t);
+    });
+  }
+
+  // Whether the tile row that begins at *ptr does.
+  bool follows(const int32_t* ptr) const {
+    const int64_t before = ptr[-1], at = ptr[0], n = ptr[1] - at;
+    if (n != at - before) return false;
+    const size_t bytes = n * sizeof(int32_t);
+    if (std::memcmp(p_.run_len + at, p_.run_len + before, bytes) != 0 ||
+        std::memcmp(p_.run_bits + at, p_.run_bits + before, bytes) != 0)
+      return false;
+    int32_t other = 0;
+    for (int64_t i = 0; i < n; ++i) other |= p_.run_col[at + i] ^ (p_.run_col[before + i] + 1);
+    return other == 0;
   }
 
   // How many granules of each tile each row holds.
   void count_granules() {
     counts_.resize(p_.contents * kTile);
-    for (int64_t i = 0; i < p_.contents * kTile; ++i) {
-      int n = 0;
-      for (int g = 0; g < kPerTile; ++g) n += (p_.words[i] >> kGranule * g & 0xffff) != 0;
-      counts_[i] = (uint8_t)n;
-    }
+    in_parts(team_, p_.contents, 25, [&](int64_t first, int64_t last) {
+      constexpr uint64_t kTop = 0x8000800080008000ull;
+      const uint64_t* words = p_.words;
+      uint8_t* __restrict counts = counts_.data();  // bytes might be anything: words, too
+      for (int64_t i = first * kTile; i < last * kTile; ++i) {
+        const uint64_t word = words[i];
+        // The uppermost bit of each granule that is not empty, moved to its lowest.
+        uint64_t some = (((word & ~kTop) + ~kTop) | word) & kTop;
+        some >>= kGranule - 1;
+        some += some >> 32;
+        counts[i] = (uint8_t)((some + (some >> kGranule)) & 7);
+      }
+    });
   }
 
   // The rows of a pattern that see far more granules than a quarter of their tile's rows do, where
@@ -183,40 +157,51 @@ class Rows {
     const int32_t* ptr = row_ptr(pattern);
     heavy_.assign(p_.tile_rows, 0);
     heavy_rows_.clear();
+    int64_t runs = 0;
+    for (int64_t t = 0; t < p_.tile_rows; ++t) runs += follows_[t] ? 0 : ptr[t + 1] - ptr[t];
+    const double cost = 50 + 5 * (double)runs / (double)(p_.tile_rows + 1);
+    in_parts(team_, p_.tile_rows, cost, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        heavy_[t] = t > first && follows_[t] ? heavy_[t - 1] : heavy_of(ptr, t);
+    });
     int64_t saved = 0;
     for (int64_t t = 0; t < p_.tile_rows; ++t) {
-      if (follows_[t] && !heavy_[t - 1]) continue;
-      int32_t seen[kTile] = {}, full = 0;
-      for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
-        if (p_.run_bits[i] == kFull) {
-          full += p_.run_len[i] * kPerTile;
-          continue;
-        }
-        const uint8_t* count = counts_.data() + (int64_t)p_.run_bits[i] * kTile;
-        for (int r = 0; r < kTile; ++r) seen[r] += count[r];
-      }
-      const int rows = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
-      const auto far = [&](int32_t light) { return 2 * (light + full) + 8 - full; };
-      int32_t least = INT32_MAX, most = 0;
-      for (int r = 0; r < rows; ++r) {
-        least = std::min(least, seen[r]);
-        most = std::max(most, seen[r]);
-      }
-      if (most <= far(least)) continue;
-      int32_t sorted[kTile];
-      std::copy(seen, seen + rows, sorted);
-      std::nth_element(sorted, sorted + rows / 4, sorted + rows);
-      const int32_t limit = far(sorted[rows / 4]);
-      for (int r = 0; r < rows; ++r) {
-        if (seen[r] <= limit) continue;
-        heavy_[t] |= 1ull << r;
-        heavy_rows_.push_back((int32_t)(t * kTile + r));
-      }
-      if (heavy_[t]) saved += saved_by(ptr[t], ptr[t + 1], heavy_[t]);
+      if (!heavy_[t]) continue;
+      for (uint64_t left = heavy_[t]; left; left &= left - 1)
+        heavy_rows_.push_back((int32_t)(t * kTile + __builtin_ctzll(left)));
+      saved += saved_by(ptr[t], ptr[t + 1], heavy_[t]);
     }
     const int64_t columns = ceil_div(p_.kv_len, kTile);
     const int64_t spent = ceil_div((int64_t)heavy_rows_.size(), kTile) * columns * kPerTile;
     if ((double)saved <= 1.1 * (double)spent) heavy_rows_.clear();
+  }
+
+  // Which rows of a tile see far more granules than a quarter of them do.
+  uint64_t heavy_of(const int32_t* ptr, int64_t t) const {
+    int32_t seen[kTile] = {}, full = 0;
+    for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) {
+      if (p_.run_bits[i] == kFull) {
+        full += p_.run_len[i] * kPerTile;
+        continue;
+      }
+      const uint8_t* count = counts_.data() + (int64_t)p_.run_bits[i] * kTile;
+      for (int r = 0; r < kTile; ++r) seen[r] += count[r];
+    }
+    const int rows = (int)std::min<int64_t>(kTile, p_.q_len - t * kTile);
+    const auto far = [&](int32_t light) { return 2 * (light + full) + 8 - full; };
+    int32_t least = INT32_MAX, most = 0;
+    for (int r = 0; r < rows; ++r) {
+      least = std::min(least, seen[r]);
+      most = std::max(most, seen[r]);
+    }
+    if (most <= far(least)) return 0;
+    int32_t sorted[kTile];
+    std::copy(seen, seen + rows, sorted);
+    std::nth_element(sorted, sorted + rows / 4, sorted + rows);
+    const int32_t limit = far(sorted[rows / 4]);
+    uint64_t heavy = 0;
+    for (int r = 0; r < rows; ++r) heavy |= (uint64_t)(seen[r] > limit) << r;
+    return heavy;
   }
 
   // Granules that the runs hold for these rows alone.
@@ -247,7 +232,7 @@ class Rows {
   }
 
   void begin(int32_t name) {
-    const int32_t at = (int32_t)runs.size();
+    const int64_t at = given_ + (int64_t)made_.size();
     tiles.push_back({name, at, at, false});
   }
 
@@ -255,23 +240,20 @@ class Rows {
   void append(Run run) {
     Tile& tile = tiles.back();
     if (run.content == kEmpty) return;
-    if (run.content == kFull && tile.last > tile.first && runs.back().content == kFull &&
-        runs.back().end() == run.col) {
-      runs.back().len += run.len;
+    if (run.content == kFull && tile.last > tile.first && made_.back().content == kFull &&
+        made_.back().end() == run.col) {
+      made_.back().len += run.len;
       return;
     }
-    runs.push_back(run);
+    made_.push_back(run);
     ++tile.last;
   }
 
   Run run(int64_t i) const { return {p_.run_col[i], p_.run_len[i], p_.run_bits[i]}; }
 
   void copy(int64_t pattern, int64_t t) {
-    const int32_t* ptr = row_ptr(pattern);
-    begin((int32_t)t);
-    for (int64_t i = ptr[t]; i < ptr[t + 1]; ++i) runs.push_back(run(i));
-    tiles.back().last = (int32_t)runs.size();
-    tiles.back().follows = follows_[t] && heavy_rows_.empty();
+    const int32_t* ptr = row_ptr(pattern) + t;
+    tiles.push_back({(int32_t)t, ptr[0], ptr[1], follows_[t] && heavy_rows_.empty()});
   }
 
   // A word of ones for each bit that is set, of zeros for each other.
@@ -335,8 +317,11 @@ class Rows {
 
   const PlanRequest& p_;
   Contents& contents_;
+  const Team& team_;
+  const int64_t given_;    // runs of the mask
+  std::vector<Run> made_;  // those of tiles that gathering rows makes
   std::vector<uint8_t> counts_;
-  std::vector<bool> follows_;
+  std::vector<uint8_t> follows_;
   std::vector<uint64_t> heavy_;  // rows of each tile, as bits
   std::vector<int32_t> heavy_rows_;
   std::vector<uint64_t> gathered_;

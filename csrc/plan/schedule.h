@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "steps.h"
+#include "blocks.h"
 
 namespace stof {
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <numeric>
 
 #include "rows.h"
 
@@ -31,13 +32,15 @@ inline void measure(const PlanRequest& p, Work* work) {
   for (int64_t i = 0; i < p.patterns; ++i) {
     const int32_t* ptr = p.row_ptr + i * (p.tile_rows + 1);
     for (int64_t t = 0; t < p.tile_rows; ++t) {
-      int64_t visits = 0;
-      for (int32_t at = ptr[t]; at < ptr[t + 1]; ++at) visits += p.run_len[at];
+      const int64_t visits =
+          std::accumulate(p.run_len + ptr[t], p.run_len + ptr[t + 1], int64_t{0});
       work[kTiles].add((double)visits, (double)visits);
     }
   }
-  Contents contents(p);
-  const Rows rows(p, contents);
+  const Team team = team_of(p.threads);
+  Contents contents(p, team);
+  const Rows rows(p, contents, team);
+  std::vector<Run> room[2];
   const auto granules = [](int held) { return __builtin_popcount(held) / (double)kPerTile; };
   // Of what a half sees of a tile that is loaded in so many steps.
   const auto cost = [&](int32_t content, double loaded) {
@@ -53,8 +56,7 @@ inline void measure(const PlanRequest& p, Work* work) {
     const auto alone = [&](const Rows::Tile& tile) {
       if (!tile.follows) {
         last = {};
-        for (int32_t i = tile.first; i < tile.last; ++i) {
-          const Run& run = rows.runs[i];
+        for (const Run& run : rows.runs(tile, room[0])) {
           const double loaded = granules(contents.held(run.content));
           last.cost += run.len * cost(run.content, loaded);
           last.loaded += run.len * loaded;
@@ -84,8 +86,7 @@ inline void measure(const PlanRequest& p, Work* work) {
         continue;
       }
       double each[2] = {}, loaded = 0;
-      const Run* runs = rows.runs.data();
-      join(runs + one.first, runs + one.last, runs + two.first, runs + two.last,
+      join(rows.runs(one, room[0]), rows.runs(two, room[1]),
            [&](int32_t begin, int32_t end, int32_t a, int32_t b) {
              const double n = end - begin, load = granules(contents.held(a) | contents.held(b));
              each[0] += n * cost(a, load), each[1] += n * cost(b, load), loaded += n * load;

@@ -1,9 +1,7 @@
 """The cpu backend: the C++ kernels of csrc/cpu, or torch operations where they do not build.
 
 The kernels are a plain C library that ctypes calls with one packed struct: it compiles in seconds
-because it includes no torch header, and a call costs microseconds. Their threads are those of the
-OpenMP runtime that torch has loaded, handed in as a pointer to its GOMP_parallel: a library linked
-against a second runtime would have its threads compete with torch's spinning ones.
+because it includes no torch header, and a call costs microseconds.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ import torch
 
 from ..errors import BuildError, MaskError, StofWarning
 from ..kernels import jit
+from ..kernels.threads import openmp
 from ..masks.sparse_mask import SparseMask
 from . import blocked
 from .checks import check
@@ -109,7 +108,7 @@ def forward(
         0 if bias is None else bias.data_ptr(),
         0 if sinks is None else sinks.data_ptr(),
         *mask_pointers,
-        _parallel(),
+        openmp(),
         *q.stride()[:3],
         *k.stride()[:3],
         *v.stride()[:3],
@@ -171,12 +170,3 @@ def _library() -> Any | None:
     function.argtypes = [ctypes.c_char_p]
     function.restype = ctypes.c_int
     return function
-
-
-@lru_cache(1)
-def _parallel() -> int:
-    """Address of GOMP_parallel in the OpenMP runtime that torch has loaded, or 0."""
-    try:
-        return ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0
-    except (AttributeError, OSError, TypeError):
-        return 0

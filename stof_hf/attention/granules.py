@@ -21,7 +21,7 @@ from ..masks.sparse_mask import SparseMask
 
 NONE = -(2**31)
 # Mirrors stof::PlanRequest in csrc/plan/plan.h.
-_REQUEST = struct.Struct("15q2d")
+_REQUEST = struct.Struct("18q2d")
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _request(mask: SparseMask, layout: Layout, copies: int, workers: int, togeth
     return _REQUEST.pack(
         *(x.ctypes.data for x in arrays),
         patterns, tile_rows, len(arrays[4]), mask.q_len, mask.kv_len,
-        layout.tiles, layout.paired, copies, workers, together,
+        layout.tiles, layout.paired, copies, workers, together, *native.threads(),
         layout.item_cost, layout.merge_cost,
     )  # fmt: skip
 

@@ -40,6 +40,9 @@ PATTERNS: dict[str, Callable[[int], Pattern]] = {
     "longformer": lambda s: patterns.Longformer(64, (*range(32), *range(s // 2, s // 2 + 32))),
     "bigbird": lambda s: patterns.BigBird(64, range(32), min(3, s // 64)),
     "dilated": lambda s: patterns.Dilated(128, 4),
+    # The costliest to build: a tile for each 64 x 64 of a wide band, and a number for each element.
+    "dilated_wide": lambda s: patterns.Dilated(512, 8),
+    "random": lambda s: patterns.RandomBlocks(min(3, s // 64), fill=0.1),
     "chunked": lambda s: patterns.Chunked(1000),
     "prefix_lm": lambda s: patterns.PrefixLM(s // 3),
     "documents": _documents,

@@ -96,7 +96,8 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
 
     Args:
         name: file name of the library, without its ending.
-        sources: C++ files relative to `source_dir`; headers beside them count into the key.
+        sources: C++ files relative to `source_dir`; headers beside them and in `source_dir` count
+            into the key.
         flags: compiler flags.
 
     Raises what `load` raises, and BuildError where there is no compiler.
@@ -110,7 +111,8 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
     paths = tuple(source_dir() / source for source in sources)
     compile = (compiler, "-std=c++17", "-fPIC", *flags)
     link = (compiler, "-shared", "-pthread")
-    files = {file for path in paths for file in path.parent.iterdir() if file.is_file()}
+    folders = {source_dir(), *(path.parent for path in paths)}
+    files = {file for folder in folders for file in folder.iterdir() if file.suffix != ""}
     key = key_of(files, [*sources, *compile, *link, compiler_version(compiler), _processor()])
     return load(Recipe(name, key, paths, compile, link, title=f"the kernels {name}"))
 

@@ -136,8 +136,9 @@ def build(
         return None
     batch = bound.batch or 1
     request = struct.pack(
-        f"{6 + len(code)}q", batch, q_len, kv_len, q_offset, kv_offset, len(code), *code
-    )
+        f"{9 + len(code)}q",
+        batch, q_len, kv_len, q_offset, kv_offset, *native.threads(), len(code), *code,
+    )  # fmt: skip
     info = (ctypes.c_int64 * 11)()
     made = library.stof_mask(request, info)
     distinct, runs, tiles, blocks, ids, ptr, col, length, content, words, size = info

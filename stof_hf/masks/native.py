@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 
 from ..errors import BuildError
+from ..kernels.threads import openmp
 from .device import staging
 
 _FLAGS = (
@@ -16,6 +17,13 @@ _FLAGS = (
     "-march=native" if platform.machine() in ("x86_64", "AMD64") else "-mcpu=native",
     "-fvisibility=hidden",
 )
+# Nanoseconds of work that a thread has at least: waking one takes up to 20 us.
+_GRAIN = 35_000
+
+
+def threads() -> tuple[int, int, int]:
+    """stof::Threads of csrc/masks/result.h: PyTorch's own, as many as it may use."""
+    return openmp(), torch.get_num_threads(), _GRAIN
 
 
 def library() -> ctypes.CDLL:
@@ -41,7 +49,7 @@ def _library() -> ctypes.CDLL | str:
     made.stof_work.argtypes = [ctypes.c_char_p, ctypes.c_void_p]
     made.stof_work.restype = ctypes.c_bool
     made.stof_take.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    made.stof_take.restype = None
+    made.stof_take.restype = ctypes.c_bool
     return made
 
 
@@ -53,11 +61,13 @@ def take(result: int | None, size: int, device: torch.device) -> torch.Tensor:
 
     Raises MemoryError where the call failed, and what `staging` raises.
     """
-    if not result:
-        raise MemoryError("a mask or its plan does not fit into the host's memory")
-    host = None
+    taken, host = bool(result), None
     try:
-        host = staging(size // 4, device)
+        if taken:
+            host = staging(size // 4, device)
     finally:
-        library().stof_take(result, None if host is None else host.data_ptr())
+        if result:
+            taken = library().stof_take(result, None if host is None else host.data_ptr())
+    if not taken:
+        raise MemoryError("a mask or its plan does not fit into the host's memory")
     return host

@@ -97,15 +97,6 @@ __device__ __forceinline__ int item_of(int round) {
   return round * gridDim.x + block;
 }
 
-// A position in a ring of N buffers and the parity of its barriers' phase.
-template <int N>
-struct Ring {
-  int at = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == N) at = 0, parity ^= 1;
-  }
-};
-
 template <typename T, int D, int Groups>
 __device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
   using C = Config<D, Groups>;

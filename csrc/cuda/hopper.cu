@@ -63,15 +63,6 @@ struct Shared {
   uint64_t query_full[C::kQueries], query_empty[C::kQueries];
 };
 
-// A position in a ring of N buffers and the parity of its barriers' phase.
-template <int N>
-struct Ring {
-  int at = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == N) at = 0, parity ^= 1;
-  }
-};
-
 template <typename T, int D, bool Valid>
 __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, Item next) {
   using C = Config<D>;

@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "barrier.cuh"
+#include "fragments.cuh"
 #include "maps.cuh"
 
 namespace stof {
@@ -84,6 +85,19 @@ __device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
                "r"(b), "r"(c), "r"(d)
                : "memory");
+}
+
+// A warp's 16 rows of accumulators, `first` on, into chunks of 64 columns as the copy engine stores them.
+template <typename T, int N, int Chunks>
+__device__ __forceinline__ void write_rows(T (&to)[Chunks][64][64], int first, const float (&x)[N]) {
+  static_assert(N == 32 * Chunks);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    const float* y = x + 8 * j;
+    store_matrices(&to[j / 4][first + lane % 16][((j % 4 * 2 + lane / 16) ^ (lane % 8)) * 8], pack<T>(y[0], y[1]),
+                   pack<T>(y[2], y[3]), pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+  }
 }
 
 #define STOF_ACC8(d, i)                                                                              \

@@ -8,6 +8,8 @@
 // and values that are released apart, and two buffers for queries. A consumer issues the scores of a
 // step, then the weighted values of the step before, and computes the softmax while the tensor cores
 // do the latter. Steps go from the last keys to the first: of a causal mask the diagonal comes first.
+// Rows: tiles are aligned to the last row. Of a causal mask the tile that has fewer rows than others
+// sees the fewest keys then. Rows before the first are loaded as zeros and not stored.
 // Order: the longest items first within heads that L2 holds together; every other round of blocks is
 // reversed, so that who had the longest item takes the shortest next.
 // Limits: rows aligned to 16 bytes; lengths below 2^29; value head size equal to head size.
@@ -58,11 +60,12 @@ struct Band {
   float scale;       // of the scores, whose exponentials are to base 2
 };
 
-// A tile of query rows of a head.
+// A tile of query rows of a head, from `row` on, which may be negative.
 struct Tile {
-  int tile, batch, head;
+  int row, batch, head;
 };
 
+template <int Rows>
 __device__ __forceinline__ Tile locate(const Band& a, int item) {
   const int section = a.section.divide(item);
   item -= section * a.section.by;
@@ -70,24 +73,24 @@ __device__ __forceinline__ Tile locate(const Band& a, int item) {
   const int row = last ? a.last_together.divide(item) : a.together.divide(item);
   const int copy = section * a.together.by + item - row * (last ? a.last_together.by : a.together.by);
   Tile t;
-  t.tile = a.tiles - 1 - row;
+  t.row = a.q_len - (row + 1) * Rows;
   t.batch = a.heads.divide(copy);
   t.head = copy - t.batch * a.n_heads;
   return t;
 }
 
-// Steps [first, end) hold all keys that rows [row, row + n) see.
+// Steps [first, end) hold all keys that rows row .. row + n - 1 see.
 struct Range {
   int first, end;
 };
 
 template <int Keys>
 __device__ __forceinline__ Range steps_of(const Band& a, int row, int n) {
-  const int last = min(row + n, a.q_len) - 1;
+  const int last = row + n - 1;
   Range range;
-  range.first = max(0, row + a.lower) / Keys;
+  range.first = max(0, max(0, row) + a.lower) / Keys;
   range.end = max(range.first, (max(0, min(a.kv_len, last + a.upper + 1)) + Keys - 1) / Keys);
-  if (last < row) range.end = range.first;
+  if (last < 0) range.end = range.first;
   return range;
 }
 
@@ -108,12 +111,11 @@ __device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     const int item = item_of(round);
     if (round * (int)gridDim.x >= a.n_items) return;
     if (item >= a.n_items) continue;
-    const Tile t = locate(a, item);
-    const int row = t.tile * C::kRows, kv_head = a.group.divide(t.head);
-    const int groups = min(C::kGroups, (a.q_len - row + 63) / 64);
+    const Tile t = locate<C::kRows>(a, item);
+    const int row = t.row, kv_head = a.group.divide(t.head), passed = max(0, -row / 64);
     barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
-    barrier_expect(&s.query_full[q.at], groups * kGroupBytes);
-    for (int g = 0; g < groups; ++g)
+    barrier_expect(&s.query_full[q.at], (C::kGroups - passed) * kGroupBytes);
+    for (int g = passed; g < C::kGroups; ++g)
 #pragma unroll
       for (int c = 0; c < C::kChunks; ++c)
         load_box(s.query[q.at][g][c], &maps.query, &s.query_full[q.at], 64 * c, row + 64 * g, t.head, t.batch);
@@ -176,13 +178,14 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
   for (int round = 0; round * (int)gridDim.x < a.n_items; ++round) {
     const int item = item_of(round);
     if (item >= a.n_items) continue;
-    const Tile t = locate(a, item);
-    const int block_row = t.tile * C::kRows, first_row = block_row + 64 * group;
+    const Tile t = locate<C::kRows>(a, item);
+    const int block_row = t.row, first_row = block_row + 64 * group;
     const Range all = steps_of<C::kKeys>(a, block_row, C::kRows), own = steps_of<C::kKeys>(a, first_row, 64);
     // Steps that every group computes, and none as its first.
     const Range least = steps_of<C::kKeys>(a, block_row, 64),
                 most = steps_of<C::kKeys>(a, block_row + 64 * (C::kGroups - 1), 64);
-    const int turns_end = uniform(most.end > most.first ? least.end - 1 : 0), turns_first = uniform(most.first);
+    const bool turned = least.end > least.first && most.end > most.first;
+    const int turns_end = uniform(turned ? least.end - 1 : 0), turns_first = uniform(most.first);
     // Steps [full_first, full_end) are seen by all rows of the group.
     const int full_end = uniform(max(0, min(a.kv_len, first_row + a.upper + 1)) / C::kKeys);
     const int full_first = uniform((max(0, first_row + 63 + a.lower) + C::kKeys - 1) / C::kKeys);
@@ -299,8 +302,8 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
 
     softmax.l[0] = quad_sum(softmax.l[0]);
     softmax.l[1] = quad_sum(softmax.l[1]);
-    if (first_row < a.q_len) {
-      const int stored[2] = {row[0] < a.q_len ? row[0] : -1, row[1] < a.q_len ? row[1] : -1};
+    if (first_row > -64) {
+      const int stored[2] = {max(row[0], -1), max(row[1], -1)};
       const int64_t pair = (int64_t)t.batch * a.n_heads + t.head;
       finish(softmax, o, stored, scale, a.sinks ? a.sinks + t.head : nullptr, a.lse, pair * a.q_len);
       // The warp's own query rows are no longer needed: its results take their place.

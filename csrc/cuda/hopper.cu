@@ -330,9 +330,9 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
         if (softmax.update(scores, scale, slack, factor)) scale_rows(o, factor);
         softmax.weigh<T>(scores, scale);
         pack_weights();
-        await_values(stage);
         Ring<C::kStages> pending = stage;
         while (advance(C::kStages - 2)) {
+          await_values(pending);
           if (step < together) named_barrier(kTurn + half, kConsumers);
           pin(o);
           wgmma_fence();
@@ -344,10 +344,6 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
           mask();
           const bool rescale = softmax.update(scores, scale, slack, factor);
           softmax.weigh<T>(scores, scale);
-          // The assembler moves a wait for products to the front of its basic block, in front of the
-          // exponentials that are to run beside them: the loop that waits for values ends that block.
-          pin(scores);
-          await_values(stage);
           wgmma_wait<0>();
           pin(o);
           release(pending.at);
@@ -355,6 +351,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
           pack_weights();
           pending = stage;
         }
+        await_values(pending);
         pin(o);
         wgmma_fence();
         issue_values(pending);

@@ -55,7 +55,7 @@ KERNELS = {
     ("triton", False): Kernel(2.36, 1.68, 2.00, 0.67, 4),
     ("triton", True): Kernel(2.64, 1.14, 3.57, 0.30, 2),
     ("runs", False): Kernel(1.00, 0.99, 3.20, 0.62, 3),
-    ("runs", True): Kernel(1.00, 1.06, 0.50, 3.45, 2),
+    ("runs", True): Kernel(1.00, 1.05, 5.20, 0.62, 2),
 }
 # Two heads a block were measured with a head size of 128 only; with 64 a block does what one of two
 # row tiles does.
@@ -98,11 +98,13 @@ def launch_us(
 #: Of the band kernel, by whether the head size is above 64 and the rows of an item: what a launch,
 #: an item, and a step of 128 keys take, in us.
 BAND = {
-    (False, 192): (1.5, 2.0, 1.62),
-    (False, 128): (1.5, 1.6, 1.15),
-    (True, 128): (1.5, 2.0, 1.70),
+    (False, 192): (1.7, 1.26, 1.67),
+    (False, 128): (1.8, 1.28, 1.28),
+    (True, 128): (6.0, 2.9, 1.70),
 }
 _BAND_STEP = 128
+#: The part of a step's time that it takes where no warpgroup computes.
+_BAND_PASSED = 0.3
 
 
 def band_us(
@@ -119,11 +121,14 @@ def band_us(
         together: heads whose items follow each other, the longest first.
     """
     start, item, step = BAND[dim > 64, rows]
-    first = np.arange(-(-q_len // rows))[::-1] * rows + offset
-    last = np.minimum(first + rows, q_len + offset) - 1
-    begin = np.maximum(0, first - band[0]) // _BAND_STEP
-    end = -(-np.clip(last + band[1] + 1, 0, kv_len) // _BAND_STEP)
-    times = item + step * np.maximum(0, end - begin)
+    tile = np.arange(-(-q_len // rows))[:, None]
+    first = q_len - (tile + 1) * rows + np.arange(0, rows, 64)
+    last = first + 63
+    begin = np.maximum(0, np.maximum(0, first) + offset - band[0]) // _BAND_STEP
+    end = -(-np.clip(last + offset + band[1] + 1, 0, kv_len) // _BAND_STEP)
+    own = np.where(last < 0, 0, np.maximum(0, end - begin))
+    passed = np.maximum(0, end.max(1) - begin.min(1))
+    times = item + step * (_BAND_PASSED * passed + (1 - _BAND_PASSED) * own.mean(1))
     sections = [together] * (copies // together) + [copies % together]
     dealt = np.concatenate([np.repeat(times, heads) for heads in sections])
     dealt = np.pad(dealt, (0, -len(dealt) % processors)).reshape(-1, processors)
@@ -132,7 +137,8 @@ def band_us(
 
 
 def cudnn_us(copies: int, q_len: int, kv_len: int, dim: int, processors: int) -> float:
-    """Predicted time of cuDNN's attention without a mask: blocks of 128 queries, one to a
-    multiprocessor, in steps of 128 keys; fitted to an H200."""
+    """Predicted time of cuDNN's attention without a mask in us: blocks of 128 queries, one to a
+    multiprocessor, in steps of 128 keys; fitted to an H200, whose clocks sink in long launches."""
     waves = math.ceil(copies * math.ceil(q_len / 128) / processors)
-    return 5.0 + waves * math.ceil(kv_len / 128) * (0.55 + 0.0094 * dim)
+    us = 3.5 + waves * (1.19 + math.ceil(kv_len / 128) * (0.585 + 0.0087 * dim))
+    return us * (1 + 0.06 * min(us / 800, 1))

@@ -8,8 +8,8 @@
 // and values that are released apart, and two buffers for queries. A consumer issues the scores of a
 // step, then the weighted values of the step before, and computes the softmax while the tensor cores
 // do the latter. Steps go from the last keys to the first: of a causal mask the diagonal comes first.
-// Rows: tiles are aligned to the last row. Of a causal mask the tile that has fewer rows than others
-// sees the fewest keys then. Rows before the first are loaded as zeros and not stored.
+// Rows: tiles end at the last 64 rows. Of a causal mask the tile that has fewer rows than the others
+// sees the fewest keys then.
 // Order: the longest items first within heads that L2 holds together; every other round of blocks is
 // reversed, so that who had the longest item takes the shortest next.
 // Limits: rows aligned to 16 bytes; lengths below 2^29; value head size equal to head size.
@@ -31,6 +31,7 @@ struct Config {
   static constexpr int kKeys = 128;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kQueries = 2;  // buffers, handed back an item later
+  static constexpr bool kTurns = kGroups == 3;
   static constexpr int kRows = 64 * kGroups;
   static constexpr int kThreads = 128 * (kGroups + 1);
   // Registers are handed from the producer's warpgroup to the consumers.
@@ -60,7 +61,7 @@ struct Band {
   float scale;       // of the scores, whose exponentials are to base 2
 };
 
-// A tile of query rows of a head, from `row` on, which may be negative.
+// A tile of query rows of a head, from `row` on: a multiple of 64, which may be negative.
 struct Tile {
   int row, batch, head;
 };
@@ -73,7 +74,7 @@ __device__ __forceinline__ Tile locate(const Band& a, int item) {
   const int row = last ? a.last_together.divide(item) : a.together.divide(item);
   const int copy = section * a.together.by + item - row * (last ? a.last_together.by : a.together.by);
   Tile t;
-  t.row = a.q_len - (row + 1) * Rows;
+  t.row = (a.q_len + 63) / 64 * 64 - (row + 1) * Rows;
   t.batch = a.heads.divide(copy);
   t.head = copy - t.batch * a.n_heads;
   return t;
@@ -86,7 +87,7 @@ struct Range {
 
 template <int Keys>
 __device__ __forceinline__ Range steps_of(const Band& a, int row, int n) {
-  const int last = row + n - 1;
+  const int last = min(row + n, a.q_len) - 1;
   Range range;
   range.first = max(0, max(0, row) + a.lower) / Keys;
   range.end = max(range.first, (max(0, min(a.kv_len, last + a.upper + 1)) + Keys - 1) / Keys);
@@ -158,11 +159,11 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     if (lane == 0) barrier_arrive(barrier);
   };
 
-  // The groups take turns at issuing products, so that one's softmax runs while the tensor cores work
-  // for another. Group 0 begins.
+  // Three groups take turns at issuing products, so that one's softmax runs while the tensor cores work
+  // for another. Group 0 begins. Two groups do so by themselves.
   constexpr int kTurn = 1;
   const int turn = kTurn + group, next_turn = kTurn + (group + 1 == C::kGroups ? 0 : group + 1);
-  if (group == C::kGroups - 1) named_barrier_arrive(kTurn, 256);
+  if (C::kTurns && group == C::kGroups - 1) named_barrier_arrive(kTurn, 256);
 
   // The buffer of queries that the last results are stored from: it is handed back beside products.
   int stored = -1;
@@ -260,7 +261,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
       pack_weights();
       if (step > own_first) barrier_wait(&s.key_full[keys.at], keys.parity);
       while (--step >= own_first) {
-        const bool turns = step < turns_end && step >= turns_first;
+        const bool turns = C::kTurns && step < turns_end && step >= turns_first;
         barrier_wait(&s.value_full[values.at], values.parity);
         if (turns) named_barrier(turn, 256);
         pin(o);
@@ -302,8 +303,8 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
 
     softmax.l[0] = quad_sum(softmax.l[0]);
     softmax.l[1] = quad_sum(softmax.l[1]);
-    if (first_row > -64) {
-      const int stored[2] = {max(row[0], -1), max(row[1], -1)};
+    if (first_row >= 0) {
+      const int stored[2] = {row[0] < a.q_len ? row[0] : -1, row[1] < a.q_len ? row[1] : -1};
       const int64_t pair = (int64_t)t.batch * a.n_heads + t.head;
       finish(softmax, o, stored, scale, a.sinks ? a.sinks + t.head : nullptr, a.lse, pair * a.q_len);
       // The warp's own query rows are no longer needed: its results take their place.
@@ -321,7 +322,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     q.next();
   }
   hand_back();
-  if (group == 0) named_barrier(kTurn, 256);
+  if (C::kTurns && group == 0) named_barrier(kTurn, 256);
 }
 
 template <typename T, int D, int Groups>

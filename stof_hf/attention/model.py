@@ -98,13 +98,14 @@ def launch_us(
 #: Of the band kernel, by whether the head size is above 64 and the rows of an item: what a launch,
 #: an item, and a step of 128 keys take, in us.
 BAND = {
-    (False, 192): (1.7, 1.26, 1.67),
-    (False, 128): (1.8, 1.28, 1.28),
-    (True, 128): (6.0, 2.9, 1.70),
+    (False, 192): (1.9, 1.40, 1.59),
+    (False, 128): (2.0, 1.05, 1.29),
+    (True, 128): (1.9, 2.6, 1.68),
 }
 _BAND_STEP = 128
-#: The part of a step's time that it takes where no warpgroup computes.
-_BAND_PASSED = 0.3
+#: The part of a step's time that it takes where no warpgroup computes, and what it takes besides,
+#: in us, where not all of its rows see all of its keys.
+_BAND_PASSED, _BAND_CUT = 0.3, 0.25
 
 
 def band_us(
@@ -122,13 +123,17 @@ def band_us(
     """
     start, item, step = BAND[dim > 64, rows]
     tile = np.arange(-(-q_len // rows))[:, None]
-    first = q_len - (tile + 1) * rows + np.arange(0, rows, 64)
-    last = first + 63
+    first = -(-q_len // 64) * 64 - (tile + 1) * rows + np.arange(0, rows, 64)
+    last = np.minimum(first + 64, q_len) - 1
     begin = np.maximum(0, np.maximum(0, first) + offset - band[0]) // _BAND_STEP
     end = -(-np.clip(last + offset + band[1] + 1, 0, kv_len) // _BAND_STEP)
     own = np.where(last < 0, 0, np.maximum(0, end - begin))
+    whole_begin = -(-np.maximum(0, last + offset - band[0]) // _BAND_STEP)
+    whole_end = np.clip(first + offset + band[1] + 1, 0, kv_len) // _BAND_STEP
+    cut = np.where(last < 0, 0, own - np.maximum(0, whole_end - whole_begin))
     passed = np.maximum(0, end.max(1) - begin.min(1))
-    times = item + step * (_BAND_PASSED * passed + (1 - _BAND_PASSED) * own.mean(1))
+    shares = _BAND_PASSED * passed + (1 - _BAND_PASSED) * own.mean(1)
+    times = item + step * shares + _BAND_CUT * cut.mean(1)
     sections = [together] * (copies // together) + [copies % together]
     dealt = np.concatenate([np.repeat(times, heads) for heads in sections])
     dealt = np.pad(dealt, (0, -len(dealt) % processors)).reshape(-1, processors)
@@ -140,5 +145,5 @@ def cudnn_us(copies: int, q_len: int, kv_len: int, dim: int, processors: int) ->
     """Predicted time of cuDNN's attention without a mask in us: blocks of 128 queries, one to a
     multiprocessor, in steps of 128 keys; fitted to an H200, whose clocks sink in long launches."""
     waves = math.ceil(copies * math.ceil(q_len / 128) / processors)
-    us = 3.5 + waves * (1.19 + math.ceil(kv_len / 128) * (0.585 + 0.0087 * dim))
-    return us * (1 + 0.06 * min(us / 800, 1))
+    us = 3.5 + waves * (1.22 + math.ceil(kv_len / 128) * (0.592 + 0.0085 * dim))
+    return us * (1 + 0.065 * min(us / 800, 1))

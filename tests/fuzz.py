@@ -78,6 +78,8 @@ class Case:
         self.batch, self.kv_heads = rng.choice([1, 2, 3]), rng.choice([1, 2, 3])
         self.heads = self.kv_heads * kind.group
         self.q_len = rng.randrange(1, 1 + kind.most)
+        if kind.most > 16 and rng.random() < 0.25:
+            self.q_len = -(-self.q_len // 64) * 64
         self.kv_len = rng.randrange(1, 1 + kind.most_keys)
         if rng.random() < 1 / 3:
             self.kv_len = self.q_len
@@ -161,15 +163,14 @@ class Case:
         )
 
     def calls(self):
-        """(name, function) for every kernel that computes the case."""
+        """(name, function of no arguments) for every kernel that computes the case: what it returns
+        is out [B, H, Sq, D] and lse [B, H, Sq], or None."""
         q, k, v, mask, bias, sinks = self.q, self.k, self.v, self.mask, self.bias, self.sinks
         options = {"scale": self.scale, "softcap": self.softcap, "bias": bias, "sinks": sinks}
         if self.kind.with_lse:
-            yield "chosen", lambda: self._poisoned(
-                select.forward, q, k, v, mask, **options
-            )[0].transpose(1, 2)  # fmt: skip
+            yield "chosen", partial(self._run, partial(select.forward, **options))
         else:
-            yield "chosen", lambda: self._poisoned(attention, q, k, v, mask, **options)
+            yield "chosen", lambda: (self._poisoned(attention, q, k, v, mask, **options), None)
         if self.device == "cpu":
             return
         rng, rest = self.rng, (self.scale, self.softcap)
@@ -178,20 +179,20 @@ class Case:
             for _ in range(2):
                 config = self._config(family)
                 call = cuda.BlockCall(family, q, k, v, mask, wide, sinks, *rest, config)
-                yield f"{family} {config}", partial(self._run, call, wide)
+                yield f"{family} {config}", partial(self._run, call, wide, sinks)
         if cuda_band.computes(q, k, v, mask, wide, *rest):
             for rows in (128, 192) if self.dim == 64 else (128,):
                 call = cuda_band.BandCall(q, k, v, mask, sinks, self.scale, rows=rows)
                 call.problem.grid = rng.choice([1, 8, 132])
                 call.problem.together = rng.randrange(1, self.batch * self.heads + 1)
-                yield f"band {rows}", partial(self._run, call, wide)
+                yield f"band {rows}", partial(self._run, call, wide, sinks)
         if cuda_decode.prepare(q, k, v, mask, wide, sinks, *rest) is not None:
             for splits in rng.sample([1, 2, 7, 8, 40], 2):
                 call = cuda_decode.DecodeCall(q, k, v, mask, wide, sinks, *rest, splits)
-                yield f"decode {splits}", partial(self._run, call, wide)
+                yield f"decode {splits}", partial(self._run, call, wide, sinks)
         if rng.random() < 1 / 16 and not self.triton_is_chosen():
             call = triton.prepare(q, k, v, mask, wide, sinks, *rest, False, self.kind.with_lse)
-            yield "triton", partial(self._run, call, wide)
+            yield "triton", partial(self._run, call, wide, sinks, with_lse=self.kind.with_lse)
 
     def _config(self, family: str) -> select.CudaConfig:
         rng = self.rng
@@ -220,20 +221,23 @@ class Case:
             torch.full((n,), torch.nan, device=self.device, dtype=dtype)
         return call(*arguments, **options)
 
-    def _run(self, call, bias: torch.Tensor | None) -> torch.Tensor:
-        out, _ = self._poisoned(call, self.q, self.k, self.v, self.mask, bias, self.sinks)
-        return out.transpose(1, 2)
+    def _run(self, call, *rest, with_lse: bool = True):
+        out, lse = self._poisoned(call, self.q, self.k, self.v, self.mask, *rest)
+        return out.transpose(1, 2), lse if with_lse else None
 
     def run(self) -> list[str]:
         """The kernels that computed it; raises AssertionError where one did not rightly."""
-        want, _ = reference_attention(
+        want, want_lse = reference_attention(
             self.q, self.k, self.v, self.mask.to_dense(),
             scale=self.scale, softcap=self.softcap, bias=self.bias, sinks=self.sinks,
         )  # fmt: skip
         near, ran = TOLERANCE[self.dtype], []
         for name, call in self.calls():
             try:
-                torch.testing.assert_close(call().double(), want, atol=near, rtol=near)
+                out, lse = call()
+                torch.testing.assert_close(out.double(), want, atol=near, rtol=near)
+                if lse is not None:
+                    torch.testing.assert_close(lse.double(), want_lse, atol=near, rtol=near)
             except Exception as error:
                 raise AssertionError(f"{name}: {error}") from error
             ran.append(name.split()[0])

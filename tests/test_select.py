@@ -172,6 +172,17 @@ def test_pieces_of_a_decode_step_are_of_what_its_row_sees(monkeypatch, pattern, 
     assert select.decode_splits(q, k, SparseMask.from_pattern(pattern, 16384)) == splits
 
 
+def test_cudnn_gets_rows_that_its_copies_can_read(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(select, "cudnn_is_ahead", lambda *call: True)
+    mask = SparseMask.from_pattern(patterns.Full(), 500)
+    base = torch.zeros(4 * 500 * 32 + 8, dtype=torch.float16)
+    for first, asked in ((0, True), (8, True), (1, False)):
+        q = base[first : first + 4 * 500 * 32].view(1, 4, 500, 32)
+        call = sdpa.prepare(q, q, q, mask, None, None, 0.2, 0.0, False)
+        assert (call is not None) == asked
+
+
 def test_cudnn_is_asked_even_where_no_kernel_builds(monkeypatch):
     def none():
         raise BuildError("no C++ compiler found")

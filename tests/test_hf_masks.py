@@ -386,6 +386,16 @@ def test_masks_act_as_tensors() -> None:
     assert torch.equal(mask[..., :7], dense[..., :7])
     assert torch.equal(torch.where(mask, 1.0, 2.0), torch.where(dense, 1.0, 2.0))
     assert torch.equal(mask.float(), dense.float())
+    scores = torch.randn(2, 1, 90, 90, dtype=torch.float16)
+    additive = torch.where(dense, 0.0, torch.finfo(torch.float16).min).half()
+    for added in (scores + mask, mask + scores, torch.add(scores, mask), scores.clone().add_(mask)):
+        assert torch.equal(added, scores + additive)
+    scores += mask
+    every = SparseMask.from_pattern(patterns.Causal(), 90)
+    joined = torch.cat([every, mask], dim=-1)
+    assert torch.equal(joined, torch.cat([every.to_dense().expand(2, -1, -1, -1), dense], -1))
+    assert torch.equal(torch.cat([every, mask]), torch.cat([every.to_dense(), dense]))
+    assert torch.equal(torch.cat([mask, scores], -1), torch.cat([additive, scores], -1))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mask.nothing
 

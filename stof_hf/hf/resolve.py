@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import MaskError, UnsupportedError
+from ..errors import MaskError, StofWarning, UnsupportedError
 from ..masks.bits import TILE
 from ..masks.build import build_additive
 from ..masks.cache import mask_for
@@ -17,7 +18,7 @@ from ..masks.convert import mask_function
 from ..masks.pattern import And, Not, Or, Pattern
 from ..masks.patterns import Causal, Custom, Dense, Documents, Full
 from ..masks.sparse_mask import SparseMask
-from ..masks.traced import TracedMask, both, structure_of
+from ..masks.traced import TracedMask, both, structure_of, text_of
 from .patching import Stamp
 
 _FULL, _CAUSAL = Full(), Causal()
@@ -52,6 +53,8 @@ def resolve_mask(
         mask, additive = _given(mask, query, key)
         if additive is not None:
             bias = additive if bias is None else bias + additive
+    if mask is not None and mask.shape[2] == 1 < query.shape[2]:
+        mask = _for_all_queries(mask, query.shape[2])
     if isinstance(mask, SparseMask) and mask.device != query.device:
         mask = mask.to(query.device)
     if stamp is not None and mask is not None:
@@ -72,16 +75,22 @@ def _default_mask(
 ) -> tuple[Any, int | None]:
     """The mask that None stands for, and the number of keys to keep if that is fewer than all.
 
-    The rules are those of Transformers' `sdpa_attention_forward`.
+    None is causal where the call says so, else it is all keys, as in eager attention. Transformers'
+    `sdpa_attention_forward` asks the layer, of which encoders', too, may say is_causal or nothing.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
+    said = is_causal
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = q_len > 1 and is_causal
+    causal = q_len > 1 and bool(said)
     if cu_seq_lens_q is not None and q_len > 1:
+        # Eager attention knows no packed documents; FlashAttention reads the layer.
+        causal = getattr(module, "is_causal", False) if said is None else causal
         base = _packed(cu_seq_lens_q, cu_seq_lens_k, q_len, kv_len)
         base = base & _CAUSAL if causal else base
         return _direct(base if stamp is None else base & stamp.pattern, query, key), None
+    if said is None and is_causal and q_len > 1:
+        _warn_of_all_keys(type(module))
     if stamp is None and not causal:
         return None, None
     keep = None
@@ -109,7 +118,25 @@ def _default_mask(
     return mask_for(pattern, q_len, kv_len, q_offset, device=query.device), keep
 
 
-CAUSAL_TEXT = '{"type": "Causal"}'
+CAUSAL_TEXT, FULL_TEXT = text_of(_CAUSAL), text_of(_FULL)
+
+_warned: set[type] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_all_keys(cls: type) -> None:
+    """Warn once for a class that is not Transformers' own, whose eager attention is known."""
+    if cls in _warned or cls.__module__.startswith("transformers."):
+        return
+    _warned.add(cls)
+    warnings.warn(
+        f"{cls.__name__} gives attention neither a mask nor is_causal, and every query sees all "
+        "keys, as in eager attention; sdpa takes this for causal. If it is, pass is_causal=True to "
+        "the attention function; if not, set is_causal = False on the layer",
+        StofWarning,
+        stacklevel=2,
+    )
+
 
 # What masks given as tensors and BlockMasks were converted to, as long as they live.
 _converted: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -174,6 +201,29 @@ def _dense(mask: torch.Tensor) -> tuple[SparseMask | None, torch.Tensor | None]:
     return held, mask.masked_fill(mask.detach() <= torch.finfo(mask.dtype).min / 2, 0)
 
 
+def _for_all_queries(mask: SparseMask | TracedMask, q_len: int) -> SparseMask | TracedMask:
+    """A mask of one query, if it is padding or was a tensor, for `q_len`: tensors broadcast so."""
+    if isinstance(mask, TracedMask):
+        if mask.pattern not in (None, FULL_TEXT):
+            return mask
+        allowed = None if mask.allowed is None else mask.allowed.expand(-1, -1, q_len, -1)
+        shape = (*mask.shape[:2], q_len, mask.shape[3])
+        return TracedMask(shape, mask.pattern, allowed, mask.kv_valid)
+    if mask.pattern not in (None, _FULL):
+        return mask
+    derived = _derived_of(mask)
+    if q_len not in derived:
+        every = mask_for(_FULL, q_len, mask.kv_len, device=mask.device)
+        row = mask.to_dense()
+        if mask.pattern is not None:
+            derived[q_len] = every.with_words(mask.kv_valid)
+        elif row.shape[1] == 1:
+            derived[q_len] = every.with_padding(row[:, 0, 0])
+        else:
+            derived[q_len] = SparseMask.from_dense(row.expand(-1, -1, q_len, -1))
+    return derived[q_len]
+
+
 def _dense_in_graph(mask: torch.Tensor) -> tuple[TracedMask, torch.Tensor | None]:
     if mask.dtype == torch.bool:
         return TracedMask(tuple(mask.shape), None, mask), None
@@ -224,13 +274,19 @@ def derive(mask: SparseMask, pattern: Pattern, key: str) -> SparseMask:
 
     A compiled graph only finds what was derived before (see `stof_mask`).
     """
+    derived = _derived_of(mask)
+    if key not in derived:
+        derived[key] = _combined(mask, pattern)
+    return derived[key]
+
+
+def _derived_of(mask: SparseMask) -> dict[str | int, SparseMask]:
+    """What was made of a mask: by the key of a pattern, by a number of queries."""
     derived = getattr(mask, "_derived", None)
     if derived is None:
         derived = {}
         object.__setattr__(mask, "_derived", derived)
-    if key not in derived:
-        derived[key] = _combined(mask, pattern)
-    return derived[key]
+    return derived
 
 
 def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:

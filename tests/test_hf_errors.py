@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConf
 import stof_hf
 from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.hf.attention import stof_attention
-from stof_hf.hf.check import uses_interface
+from stof_hf.hf.check import obstacle
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -79,6 +79,22 @@ def test_models_that_pick_classes_by_name() -> None:
     config = transformers.GitConfig(**SMALL, vision_config={**VISION, "num_hidden_layers": 1})
     with pytest.raises(UnsupportedError, match="picks classes"):
         AutoModel.from_config(config, attn_implementation="stof")
+
+
+def test_models_that_append_to_their_mask() -> None:
+    """DeepSeek V4's layers append additive entries, which mean the reverse in a bool mask."""
+    make_config = transformers.DeepseekV4Config
+    sizes = {
+        **SMALL, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 16,
+        "o_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 16,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        AutoModel.from_config(make_config(**sizes), attn_implementation="stof")
+    model = AutoModel.from_config(make_config(**sizes))
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        model.set_attn_implementation("stof")
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        stof_hf.set_pattern(model, patterns.SlidingWindow(4, 0))
 
 
 REMOTE = """
@@ -187,7 +203,7 @@ def test_classes_without_source(kind: str) -> None:
     module = types.ModuleType(f"notebook_{kind}")
     sys.modules[module.__name__] = module
     exec(source, module.__dict__)
-    assert uses_interface(module.TinyModel) == (kind == "interface")
+    assert (obstacle(module.TinyModel) is None) == (kind == "interface")
     model = module.TinyModel(module.TinyConfig())
     model.set_attn_implementation("eager")
     if kind == "interface":

@@ -51,6 +51,8 @@ def resolve_mask(
         return mask, bias, key, value
     if not isinstance(mask, (SparseMask, TracedMask)):
         mask, additive = _given(mask, query, key)
+        if stamp is not None and not stamp.cross and query.shape[2] != key.shape[2]:
+            raise _no_positions(module, query, key)
         if additive is not None:
             bias = additive if bias is None else bias + additive
     if mask is not None and mask.shape[2] == 1 < query.shape[2]:
@@ -103,11 +105,7 @@ def _default_mask(
         elif q_len == 1 and is_causal:
             q_offset = kv_len - 1
         else:
-            raise UnsupportedError(
-                f"the pattern on {type(module).__name__} needs the positions of its {q_len} "
-                f"queries among {kv_len} keys, and the model gives none: leave this module out "
-                "with set_pattern(..., modules=...)"
-            )
+            raise _no_positions(module, query, key)
     pattern = _CAUSAL if stamp is None else stamp.causal if causal else stamp.pattern
     if stamp is not None:
         require_positions(stamp.pattern, max(q_offset + q_len, kv_len))
@@ -116,6 +114,14 @@ def _default_mask(
         text = both(CAUSAL_TEXT, text) if causal and stamp is not None else text
         return TracedMask((1, 1, q_len, kv_len), text, q_offset=q_offset), keep
     return mask_for(pattern, q_len, kv_len, q_offset, device=query.device), keep
+
+
+def _no_positions(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"the pattern on {type(module).__name__} needs the positions of its {query.shape[2]} "
+        f"queries among {key.shape[2]} keys, and the model gives none: leave this module out with "
+        "set_pattern(..., modules=...)"
+    )
 
 
 CAUSAL_TEXT, FULL_TEXT = text_of(_CAUSAL), text_of(_FULL)
@@ -214,10 +220,9 @@ def _for_all_queries(mask: SparseMask | TracedMask, q_len: int) -> SparseMask | 
     derived = _derived_of(mask)
     if q_len not in derived:
         every = mask_for(_FULL, q_len, mask.kv_len, device=mask.device)
-        row = mask.to_dense()
         if mask.pattern is not None:
             derived[q_len] = every.with_words(mask.kv_valid)
-        elif row.shape[1] == 1:
+        elif (row := mask.to_dense()).shape[1] == 1:
             derived[q_len] = every.with_padding(row[:, 0, 0])
         else:
             derived[q_len] = SparseMask.from_dense(row.expand(-1, -1, q_len, -1))

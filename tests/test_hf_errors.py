@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConf
 import stof_hf
 from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.hf.attention import stof_attention
-from stof_hf.hf.check import obstacle
+from stof_hf.hf.check import uses_interface
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -203,7 +203,7 @@ def test_classes_without_source(kind: str) -> None:
     module = types.ModuleType(f"notebook_{kind}")
     sys.modules[module.__name__] = module
     exec(source, module.__dict__)
-    assert (obstacle(module.TinyModel) is None) == (kind == "interface")
+    assert uses_interface(module.TinyModel) == (kind == "interface")
     model = module.TinyModel(module.TinyConfig())
     model.set_attn_implementation("eager")
     if kind == "interface":

@@ -29,8 +29,6 @@ from . import patching
 _NAMES = ("stof", "paged|stof")
 _ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
 _INTERFACE = {"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"}
-# What a layer calls that pads its mask where it is a tensor, as DeepSeek V4's do.
-_EXTENDING = {"isinstance", "Tensor", "pad"}
 
 
 def install() -> None:
@@ -136,26 +134,35 @@ def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
 
 @functools.cache
 def obstacle(cls: type) -> str | None:
-    """Why a model class cannot run with "stof", or None.
+    """Why a model class cannot run with "stof", or None."""
+    if not uses_interface(cls):
+        return _BYPASSES
+    return _EXTENDS if any(_extends_mask(c) for c in _attention_classes(cls)) else None
+
+
+@functools.cache
+def uses_interface(cls: type) -> bool:
+    """Whether a model class's attention goes through Transformers' attention interface.
 
     Looks at the attention classes of the module that defines the class: at the names that their
     code refers to, not at source text, which notebooks and frozen applications lack. A module
     without attention classes is taken to combine models that are checked on their own.
     """
+    layers = _attention_classes(cls)
+    return not layers or any(_interface_calls(c) for c in layers)
+
+
+def _attention_classes(cls: type) -> list[type]:
     module = sys.modules.get(cls.__module__)
     classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []
-    layers = [
-        _interface_calls(c)
+    return [
+        c
         for c in classes
         if issubclass(c, nn.Module)
         and c.__module__ == cls.__module__
         and _ATTENTION.search(c.__name__)
         and not issubclass(c, PreTrainedModel)
     ]
-    if layers and not any(layers):
-        return _BYPASSES
-    extends = any(names >= _EXTENDING for calls in layers for names in calls)
-    return _EXTENDS if extends else None
 
 
 def _picks_classes(cls: type) -> bool:
@@ -163,6 +170,11 @@ def _picks_classes(cls: type) -> bool:
     tables = (t for t in vars(sys.modules.get(cls.__module__)).values() if isinstance(t, dict))
     named = (t for t in tables if "eager" in t and "stof" not in t)
     return any(all(isinstance(c, type) for c in t.values()) for t in named)
+
+
+def _extends_mask(cls: type) -> bool:
+    """Whether a layer appends to its mask if that is a tensor, as DeepSeek V4's do."""
+    return any(names >= {"isinstance", "Tensor", "pad"} for names in _interface_calls(cls))
 
 
 def _interface_calls(cls: type) -> list[set[str]]:

@@ -85,6 +85,48 @@ def build(
     console.print(f"{len(kernels)} kernel libraries are ready; the cache is {jit.cache_dir()}")
 
 
+@app.command()
+def models(
+    types: Annotated[
+        str | None, typer.Option(help="Such as bert,llama; all model types by default.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Save the table here.")
+    ] = None,
+) -> None:
+    """Compare "stof" with eager attention on a tiny model of each model type of Transformers.
+
+    The exit status is 1 where a model type silently differs from eager, or fails without a clear
+    error.
+    """
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from .audit import audit, markdown, model_types, summary
+    from .audit.report import outcome_of
+
+    known = model_types()
+    names = known if types is None else types.split(",")
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(f"Transformers has no model type {unknown.pop()!r}")
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("model types", total=len(names))
+        data = audit(names, json_path=json_path, done=lambda *_: progress.advance(task))
+    if markdown_path is not None:
+        markdown_path.write_text(markdown(data))
+    for name, result in data["types"].items():
+        outcome, reason = outcome_of(result)
+        if types is not None or outcome in ("WRONG", "crash", "ignored"):
+            console.print(f"{name}: {outcome} {reason}".rstrip(), highlight=False, markup=False)
+    counts = summary(data)
+    console.print(", ".join(f"{name} {count}" for name, count in counts.items()), highlight=False)
+    if counts.get("WRONG") or counts.get("crash"):
+        raise typer.Exit(1)
+
+
 PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
 
 

@@ -19,13 +19,10 @@ from . import inputs as given
 from .shrink import PROFILES, shrunk
 
 TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 2e-3
-MOST_PARAMETERS = 80_000_000
+MOST_PARAMETERS = 30_000_000
 NEW_TOKENS = 8
 
-_HEADS = (
-    "CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM",
-    "SPEECH_SEQ_2_SEQ",
-)  # fmt: skip
+_HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
 _ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
 
 Result = dict[str, Any]
@@ -50,7 +47,7 @@ class Check:
 
 
 def classes_of(model_type: str) -> list[type]:
-    """The base class of a model type and, where there is one, its head for generation."""
+    """The base class of a model type and, where there are such, its heads for generation."""
     config = CONFIG_MAPPING[model_type]
 
     def found(mapping: str) -> type | None:
@@ -61,7 +58,8 @@ def classes_of(model_type: str) -> list[type]:
         return cls[0] if isinstance(cls, (list, tuple)) else cls
 
     heads = [c for name in _HEADS if (c := found(f"MODEL_FOR_{name}_MAPPING"))][:1]
-    classes = [c for c in [found("MODEL_MAPPING"), *heads] if c is not None]
+    first = [found("MODEL_MAPPING"), found("MODEL_FOR_CAUSAL_LM_MAPPING")]
+    classes = [c for c in [*first, *heads] if c is not None]
     if not classes:
         mappings = [
             m for m in dir(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING")
@@ -87,7 +85,7 @@ def audit_type(model_type: str) -> Result:
         return {"reason": "has no model in the auto classes: it is a part of other models"}
     results = {}
     for cls in classes:
-        thorough = cls is classes[-1]
+        thorough = cls is not classes[0] or len(classes) == 1
         try:
             results[cls.__name__] = audit_class(cls, CONFIG_MAPPING[model_type], thorough)
         except Unbuildable as error:
@@ -97,33 +95,32 @@ def audit_type(model_type: str) -> Result:
 
 def audit_class(cls: type, config_class: type, thorough: bool = True) -> Result:
     """The checks of one class; only forward and padding unless `thorough`."""
+    if refusal := _refused_at_load(cls, config_class):
+        return {"load": refusal, "checks": {}}
     model, inputs, profile = runnable(cls, config_class)
-    result: Result = {"profile": profile, "inputs": sorted(inputs)}
-    if refusal := _refused_at_load(cls, model.config):
-        result["load"] = refusal
-    checks = list(_checks(model, inputs, thorough))
-    result["checks"] = compare(model, checks)
-    return result
+    checks = compare(model, list(_checks(model, inputs, thorough)))
+    return {"profile": profile, "inputs": sorted(inputs), "checks": checks}
 
 
 def runnable(cls: type, config_class: type) -> tuple[Any, Inputs, str]:
     """A tiny model in eval mode with eager attention, inputs that it takes, and the profile."""
-    reasons = []
+    reasons: dict[str, str] = {}  # the inputs or profile of the first time, by error
     for profile in PROFILES:
         try:
             model = build(cls, shrunk(config_class(), profile))
         except Exception as error:
-            reasons.append(f"{profile}: {_short(error)}")
+            reasons.setdefault(_short(error), profile)
             continue
         for inputs in given.candidates(model):
             try:
                 output = forward(model, inputs)
             except Exception as error:
-                reasons.append(f"{profile}, {'+'.join(inputs)}: {_short(error)}")
+                reasons.setdefault(_short(error), f"{profile}, {'+'.join(inputs)}")
                 continue
             if output:
                 return model, inputs, profile
-    raise Unbuildable("; ".join(dict.fromkeys(reasons)) or "no inputs are known for its forward")
+    text = "; ".join(f"{where}: {message}" for message, where in reasons.items())
+    raise Unbuildable(text or "no inputs are known for its forward")
 
 
 def build(cls: type, config: Any) -> Any:
@@ -149,14 +146,16 @@ def build(cls: type, config: Any) -> Any:
     return model
 
 
-def _refused_at_load(cls: type, config: Any) -> str | None:
-    try:
-        with torch.device("meta"):
-            cls._from_config(type(config)(**config.to_dict()), attn_implementation="stof")
-    except StofError as error:
-        return str(error)
-    except Exception:
-        return None  # Not about attention: the model was built with eager a moment ago.
+def _refused_at_load(cls: type, config_class: type) -> str | None:
+    for profile in PROFILES:
+        try:
+            with torch.device("meta"):
+                cls._from_config(shrunk(config_class(), profile), attn_implementation="stof")
+        except StofError as error:
+            return str(error)
+        except Exception:
+            continue  # Not about attention: whether it builds at all is for `runnable` to say.
+        return None
     return None
 
 
@@ -238,6 +237,10 @@ def _checks(model: Any, inputs: Inputs, thorough: bool) -> Iterator[Check]:
     yield Check("backward", lambda m: gradients(m, inputs), tolerance=GRADIENT_TOLERANCE)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         return
+    settings = model.generation_config
+    settings.pad_token_id = 0
+    if settings.decoder_start_token_id is None:
+        settings.decoder_start_token_id = 1
     prompt = {n: t for n, t in inputs.items() if n != "decoder_input_ids"}
     if text and "attention_mask" in names:
         prompt = given.padded(prompt, "right" if encdec else "left")

@@ -49,6 +49,9 @@ _RULES: list[tuple[str, int]] = [
 ]  # fmt: skip
 RULES = [(re.compile(pattern), value) for pattern, value in _RULES]
 
+# Models with rotary sections have them in their code, for their own head size.
+_SECTIONS = {"small, one head size": [2, 3, 3], "small, one number of heads": [1, 1, 2]}
+
 _TOKEN = re.compile(r".*(token_id|token_index|_token_ids?)")
 _FIXED_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "cls": 1, "sep": 2, "mask": 3}
 _ROPE = ("rope_parameters", "rope_scaling")
@@ -56,7 +59,10 @@ _DROPPED = {
     "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
     "label2id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "stof",
     "begin_suppress_tokens", "attn_implementation", "_attn_implementation", "num_labels",
+    "out_features", "out_indices", "_out_features", "_out_indices", "stage_names",
 }  # fmt: skip
+
+_KEPT = {"num_feat_extract_layers"}
 
 # What a type needs besides the rules, by model type; dotted names reach nested configurations.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -105,7 +111,7 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
             out[name]["model_type"] = part.model_type
         elif name in _ROPE:
             if value:
-                out[name] = _rope(value)
+                out[name] = _rope(value, _SECTIONS.get(profile))
         elif isinstance(value, (list, tuple)):
             out[name] = _shrunk_list(name, list(value), picks, count)
         elif _TOKEN.fullmatch(name) and isinstance(value, int):
@@ -124,6 +130,8 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
 
 def _shrunk_value(name: str, value: Any, profile: str) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if name in _KEPT:
         return value
     for pattern, target in RULES:
         if not pattern.fullmatch(name):
@@ -164,13 +172,14 @@ def _picked_layers(values: dict[str, Any]) -> tuple[list[int], int]:
     return (first if len(first) > 1 else [0, min(1, len(kinds) - 1)]), len(kinds)
 
 
-def _rope(value: dict[str, Any]) -> dict[str, Any]:
+def _rope(value: dict[str, Any], sections: list[int] | None) -> dict[str, Any]:
     """Default rotary embeddings for a small head size."""
     if any(isinstance(part, dict) for part in value.values()):
-        return {name: _rope(v) if isinstance(v, dict) else v for name, v in value.items()}
-    kept = {name: v for name, v in value.items() if name in ("partial_rotary_factor",)}
-    if section := value.get("mrope_section"):
-        kept["mrope_section"] = [2, 3, 3] if len(section) == 3 else section
+        return {n: _rope(v, sections) if isinstance(v, dict) else v for n, v in value.items()}
+    kept = {name: v for name, v in value.items() if name == "partial_rotary_factor"}
+    given = value.get("mrope_section")
+    if given or sections:
+        kept["mrope_section"] = sections or ([2, 3, 3] if len(given) == 3 else given)
         kept["mrope_interleaved"] = value.get("mrope_interleaved", False)
     return {"rope_type": "default", "rope_theta": 10000.0, **kept}
 

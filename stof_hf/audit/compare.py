@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -65,7 +67,28 @@ def classes_of(model_type: str) -> list[type]:
             m for m in dir(modeling_auto) if m.startswith("MODEL_FOR_") and m.endswith("_MAPPING")
         ]
         classes = [c for name in mappings if (c := found(name))][:1]
+    if not classes:
+        classes = _unlisted(config)
     return list(dict.fromkeys(classes))
+
+
+def _unlisted(config: type) -> list[type]:
+    """The model of a configuration that the auto classes lack: of towers inside other models."""
+    try:
+        module = importlib.import_module(config.__module__.replace("configuration_", "modeling_"))
+    except ImportError:
+        return []
+    models = [
+        c
+        for c in vars(module).values()
+        if isinstance(c, type)
+        and issubclass(c, PreTrainedModel)
+        and c.__module__ == module.__name__
+        and c.config_class is config
+        and not c.__name__.endswith("PreTrainedModel")
+    ]
+    stem = config.__name__.removesuffix("Config")
+    return sorted(models, key=lambda c: c.__name__ not in (stem, f"{stem}Model"))[:1]
 
 
 def audit_type(model_type: str) -> Result:
@@ -325,6 +348,8 @@ def _real(mask: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
             return t[mask]
         if t.ndim >= 3 and t.shape[:2] == (given.BATCH, given.DECODER_LENGTH):
             return t
+        if t.ndim >= 2 and t.shape[:2] == (given.BATCH, given.BATCH):
+            return t[:1, :1]  # similarities between sequences
         return t[0] if t.ndim and t.shape[0] == given.BATCH else t[:0]
 
     return rows

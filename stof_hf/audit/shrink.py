@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, POSITIONS, IMAGE, PATCH = 64, 4, 2, 16, 120, 128, 32, 8
@@ -101,7 +102,13 @@ def shrunk(config: Any, profile: str = "small") -> Any:
 
 
 def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
-    values = {name: v for name, v in config.to_dict().items() if name not in _DROPPED}
+    # What is no field was derived from the others, and is again.
+    known = {field.name for field in fields(config)} if is_dataclass(config) else None
+    values = {
+        name: v
+        for name, v in config.to_dict().items()
+        if name not in _DROPPED and (known is None or name in known or name == "layer_types")
+    }
     picks, count = _picked_layers(values)
     out: dict[str, Any] = {}
     for name, value in values.items():
@@ -118,6 +125,8 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
             out[name] = _token(name)
         else:
             out[name] = _shrunk_value(name, value, profile)
+    if "kv_lora_rank" in out and "num_key_value_heads" in out:
+        out["num_key_value_heads"] = out.get("num_attention_heads", HEADS)
     layers = "num_hidden_layers"
     if count and isinstance(values.get(layers), int):
         out[layers] = len(picks)
@@ -166,6 +175,8 @@ def _picked_layers(values: dict[str, Any]) -> tuple[list[int], int]:
     """Which layers to keep, so that each kind of layer is there, and how many there were."""
     kinds = values.get("layer_types") or values.get("layers_block_type")
     count = values.get("num_hidden_layers") or values.get("n_layer") or values.get("num_layers")
+    if "depths" in values:
+        return [], 0
     if not kinds:
         return [0, 1], count if isinstance(count, int) and count > 2 else 0
     first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())

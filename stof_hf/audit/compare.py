@@ -21,7 +21,7 @@ from . import inputs as given
 from .shrink import PROFILES, shrunk
 
 TOLERANCE, GRADIENT_TOLERANCE = 2e-4, 2e-3
-MOST_PARAMETERS = 30_000_000
+MOST_PARAMETERS = 80_000_000
 NEW_TOKENS = 8
 
 _HEADS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM")
@@ -160,7 +160,7 @@ def build(cls: type, config: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         data = parameter.data
-        if not data.is_floating_point():
+        if not data.is_floating_point() or not data.numel():
             continue
         if not data.isfinite().all() or not data.any():
             data.copy_(torch.randn(data.shape, generator=generator) * 0.02)
@@ -212,7 +212,9 @@ def gradients(model: Any, inputs: Inputs) -> Named:
         if isinstance(part, torch.Tensor) and part.requires_grad and part.isfinite().all():
             outputs.append(part)
     sum((part.float() * given.noise(*part.shape)).sum() for part in outputs).backward()
-    named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    named = {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and p.numel()
+    }
     model.zero_grad()
     return named
 

@@ -11,9 +11,9 @@ import torch
 BATCH, LENGTH, DECODER_LENGTH, PADDED = 2, 20, 9, 7
 
 
-def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
+def tokens(batch: int, length: int, seed: int = 1, below: int = 79) -> torch.Tensor:
     """int64 [batch, length] without special tokens."""
-    return torch.randint(5, 79, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(5, below, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -43,10 +43,12 @@ def attribute(config: Any, *names: str, default: Any = None) -> Any:
 def candidates(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Inputs that may fit the model; the first that its eager attention takes is the right one."""
     names, config = parameters(model), model.config
+    below = attribute(config, "vocab_size", default=79)
+    below = max(6, min(79, below)) if isinstance(below, int) else 79
     decoder = {}
     if "decoder_input_ids" in names:
-        decoder = {"decoder_input_ids": tokens(BATCH, DECODER_LENGTH, seed=3)}
-    text = {"input_ids": tokens(BATCH, LENGTH)} if "input_ids" in names else {}
+        decoder = {"decoder_input_ids": tokens(BATCH, DECODER_LENGTH, 3, below)}
+    text = {"input_ids": tokens(BATCH, LENGTH, 1, below)} if "input_ids" in names else {}
     if text:
         if "pixel_values" in names:
             # Models of two towers need both; those that read images into their text need none.
@@ -70,10 +72,27 @@ def candidates(model: Any) -> Iterator[dict[str, torch.Tensor]]:
         for sound in _sounds(config):
             yield {key: sound, **decoder}
             yield {key: sound, **text}
+            length = sound.shape[1] if sound.shape[-1] == _bins(config) else sound.shape[-1]
+            for mask in _SOUND_MASKS:
+                if mask in names:
+                    yield {key: sound, mask: torch.ones(BATCH, length, dtype=torch.bool)}
     if "past_values" in names:
         length = attribute(config, "context_length", default=32)
         channels = attribute(config, "num_input_channels", default=1)
         yield {"past_values": noise(BATCH, length, channels)}
+    grid = next((n for n in ("grid_thw", "image_grid_thw") if n in names), None)
+    if grid and (key := next((n for n in ("pixel_values", "hidden_states") if n in names), None)):
+        for option in pictures(config):
+            if "image_grid_thw" in option:
+                yield {key: option["pixel_values"], grid: option["image_grid_thw"]}
+    width = attribute(config, "hidden_size", "d_model", default=64)
+    for key in ("inputs_embeds", "query_embeds", "hidden_states"):
+        if key in names and isinstance(width, int):
+            yield {key: noise(BATCH, LENGTH, width)}
+            if "encoder_hidden_states" in names:
+                other_width = attribute(config, "encoder_hidden_size", default=width)
+                other = {"encoder_hidden_states": noise(BATCH, 9, other_width)}
+                yield {key: noise(BATCH, LENGTH, width), **other}
     if "inputs" in names:
         yield {"inputs": tokens(BATCH, LENGTH)}
         yield {"inputs": noise(BATCH, LENGTH, attribute(config, "d_model", default=64))}
@@ -116,8 +135,17 @@ def recordings(model: Any) -> Iterator[dict[str, torch.Tensor]]:
             yield {"input_features": sound, "input_features_mask": ones.bool()}
 
 
+_SOUND_MASKS = ("input_features_mask", "feature_attention_mask", "attention_mask")
+
+
+def _bins(config: Any) -> int:
+    return attribute(
+        config, "num_mel_bins", "feature_size", "input_feat_per_channel", "input_dim", default=80
+    )
+
+
 def _sounds(config: Any) -> Iterator[torch.Tensor]:
-    bins = attribute(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
+    bins = _bins(config)
     positions = attribute(config, "max_source_positions", default=32)
     length = attribute(config, "max_length", default=64)
     yield noise(BATCH, bins, 2 * positions)

@@ -66,15 +66,35 @@ _DROPPED = {
 _KEPT = {"num_feat_extract_layers"}
 
 # What a type needs besides the rules, by model type; dotted names reach nested configurations.
+_RESNET = {
+    "model_type": "resnet", "embedding_size": 32, "hidden_sizes": [32, 32, 32, 64],
+    "depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"],
+}  # fmt: skip
+_LAST_STAGE = {"backbone_config": {**_RESNET, "out_features": ["stage4"]}}
+_MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "albert": {"embedding_size": 32},
-    "marian": {"decoder_vocab_size": VOCAB},
+    "bamba": {"attn_layer_indices": [1], **_MAMBA_HEADS},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], **_MAMBA_HEADS},
+    "falcon_h1": {"mamba_d_ssm": 128, **_MAMBA_HEADS},
+    "conditional_detr": _LAST_STAGE,
+    "detr": _LAST_STAGE,
+    "table-transformer": _LAST_STAGE,
+    "dab-detr": _LAST_STAGE,
+    "deformable_detr": {"backbone_config": _RESNET},
+    "grounding-dino": {"backbone_config": _RESNET},
+    "mm-grounding-dino": {"backbone_config": _RESNET},
+    "omdet-turbo": {"backbone_config": _RESNET},
     "ernie4_5_moe": {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
+    "esm": {"mask_token_id": 3, "pad_token_id": 0, "position_embedding_type": "rotary"},
+    "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": HEAD_DIM},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
-    "funnel": {"block_sizes": [1, 1], "d_head": HEAD_DIM},
-    "xlm": {"emb_dim": HIDDEN},
-    "pegasus": {"scale_embedding": False},
 }
+
+_WITHOUT_DEFAULT = {
+    "vocab_size": VOCAB, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1,
+}  # fmt: skip
 
 # Ways to shrink, tried in this order until the model builds and runs with eager attention.
 PROFILES = ("small", "small, one head size", "small, one number of heads", "few layers")
@@ -102,17 +122,17 @@ def shrunk(config: Any, profile: str = "small") -> Any:
 
 
 def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
-    # What is no field was derived from the others, and is again.
-    known = {field.name for field in fields(config)} if is_dataclass(config) else None
+    # A head size that is no field was derived from others, and is again.
+    known = {field.name for field in fields(config)} if is_dataclass(config) else set()
     values = {
         name: v
         for name, v in config.to_dict().items()
-        if name not in _DROPPED and (known is None or name in known or name == "layer_types")
+        if name not in _DROPPED and (name in known or not name.endswith("head_dim"))
     }
     picks, count = _picked_layers(values)
     out: dict[str, Any] = {}
     for name, value in values.items():
-        part = getattr(config, name, None)
+        part = vars(config).get(name)
         if hasattr(part, "to_dict") and hasattr(part, "model_type"):
             out[name] = _shrunk_arguments(part, profile)
             out[name]["model_type"] = part.model_type
@@ -138,6 +158,8 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
 
 
 def _shrunk_value(name: str, value: Any, profile: str) -> Any:
+    if value is None and name in _WITHOUT_DEFAULT:
+        return _WITHOUT_DEFAULT[name]
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if name in _KEPT:

@@ -85,6 +85,8 @@ def candidates(model: Any) -> Iterator[dict[str, torch.Tensor]]:
         for option in pictures(config):
             if "image_grid_thw" in option:
                 yield {key: option["pixel_values"], grid: option["image_grid_thw"]}
+    if "pixel_position_ids" in names:
+        yield from (x for x in pictures(config) if "pixel_position_ids" in x)
     width = attribute(config, "hidden_size", "d_model", default=64)
     for key in ("inputs_embeds", "query_embeds", "hidden_states"):
         if key in names and isinstance(width, int):
@@ -121,6 +123,11 @@ def pictures(config: Any) -> Iterator[dict[str, torch.Tensor]]:
         for frames in (attribute(config, "temporal_patch_size", default=1), 1):
             grid = torch.tensor([[1, 4, 4]])
             patches = noise(16, channels * frames * patch * patch)
+            positions = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+            yield {
+                "pixel_values": patches[None].expand(BATCH, -1, -1),
+                "pixel_position_ids": positions[None].expand(BATCH, -1, -1),
+            }
             yield {"pixel_values": patches, "image_grid_thw": grid}
     yield from _images(config)
 

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIME_LIMIT = 120.0  # seconds a model type
+TIME_LIMIT = 60.0  # seconds a model type
 
 
 def model_types() -> list[str]:
@@ -152,5 +152,5 @@ def _load(path: Path | None) -> dict[str, Any]:
 def _save(path: Path | None, data: dict[str, Any]) -> None:
     if path is not None:
         partial = path.with_suffix(path.suffix + ".part")
-        partial.write_text(json.dumps(data, indent=1, sort_keys=True))
+        partial.write_text(json.dumps(data, indent=1))
         partial.replace(path)

@@ -41,6 +41,7 @@ _RULES: list[tuple[str, int]] = [
     (r"(.*_)?(word_embed_proj_dim|projection_dim|pooler_output_size|embedding_dim|output_dim)",
      HIDDEN),
     (r"hidden_size_per_layer_input", 16),
+    (r"upsample_groups", HIDDEN),
     (r"(.*_)?(image_size|input_size|img_size)", IMAGE),
     (r"num_frames|frames", 4),
     (r"(.*_)?patch_size", PATCH),
@@ -55,15 +56,22 @@ _SECTIONS = {"small, one head size": [2, 3, 3], "small, one number of heads": [1
 
 _TOKEN = re.compile(r".*(token_id|token_index|_token_ids?)")
 _FIXED_TOKENS = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1, "cls": 1, "sep": 2, "mask": 3}
+_ROPE_KEPT = ("partial_rotary_factor", "llama_4_scaling_beta", "original_max_position_embeddings")
 _ROPE = ("rope_parameters", "rope_scaling")
 _DROPPED = {
     "transformers_version", "architectures", "_name_or_path", "dtype", "torch_dtype", "id2label",
     "label2id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "stof",
     "begin_suppress_tokens", "attn_implementation", "_attn_implementation", "num_labels",
-    "out_features", "out_indices", "_out_features", "_out_indices", "stage_names",
+    "out_indices", "_out_features", "_out_indices", "stage_names",
 }  # fmt: skip
 
 _KEPT = {"num_feat_extract_layers"}
+
+# Which sizes follow from lists of stages, which stay as they are.
+_FOLLOWS_LIST = {
+    "depths": ("num_hidden_layers", "num_layers"),
+    "embed_dim_per_stage": ("hidden_size", "embed_dim"),
+}
 
 # What a type needs besides the rules, by model type; dotted names reach nested configurations.
 _RESNET = {
@@ -88,6 +96,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_layer_start_index": 0, "moe_layer_end_index": 1},
     "esm": {"mask_token_id": 3, "pad_token_id": 0, "position_embedding_type": "rotary"},
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_head": HEAD_DIM},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
+    "owlv2": {"text_config.max_position_embeddings": 64},
+    "owlvit": {"text_config.max_position_embeddings": 64},
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": HIDDEN},
     "reformer": {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [32, 32]},
 }
 
@@ -129,16 +143,28 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
         for name, v in config.to_dict().items()
         if name not in _DROPPED and (name in known or not name.endswith("head_dim"))
     }
+    if "depths" not in values:
+        values.pop("out_features", None)  # Stages are layers there, and most are gone.
+    kept = {n for key, names in _FOLLOWS_LIST.items() if key in values for n in names}
     picks, count = _picked_layers(values)
     out: dict[str, Any] = {}
     for name, value in values.items():
         part = vars(config).get(name)
+        if name in kept:
+            out[name] = value
+            continue
         if hasattr(part, "to_dict") and hasattr(part, "model_type"):
             out[name] = _shrunk_arguments(part, profile)
             out[name]["model_type"] = part.model_type
         elif name in _ROPE:
             if value:
                 out[name] = _rope(value, _SECTIONS.get(profile))
+        elif name == "per_layer_config" and value:
+            out[name] = {
+                picks.index(int(layer)): {n: _shrunk_value(n, v, profile) for n, v in own.items()}
+                for layer, own in value.items()
+                if int(layer) in picks
+            }
         elif isinstance(value, (list, tuple)):
             out[name] = _shrunk_list(name, list(value), picks, count)
         elif _TOKEN.fullmatch(name) and isinstance(value, int):
@@ -209,7 +235,7 @@ def _rope(value: dict[str, Any], sections: list[int] | None) -> dict[str, Any]:
     """Default rotary embeddings for a small head size."""
     if any(isinstance(part, dict) for part in value.values()):
         return {n: _rope(v, sections) if isinstance(v, dict) else v for n, v in value.items()}
-    kept = {name: v for name, v in value.items() if name == "partial_rotary_factor"}
+    kept = {name: v for name, v in value.items() if name in _ROPE_KEPT}
     given = value.get("mrope_section")
     if given or sections:
         kept["mrope_section"] = sections or ([2, 3, 3] if len(given) == 3 else given)

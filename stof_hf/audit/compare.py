@@ -130,7 +130,7 @@ def runnable(cls: type, config_class: type) -> tuple[Any, Inputs, str]:
     reasons: dict[str, str] = {}  # the inputs or profile of the first time, by error
     for profile in PROFILES:
         try:
-            model = build(cls, shrunk(config_class(), profile))
+            model = build(cls, shrunk(config_class(), profile), small=profile != PROFILES[-1])
         except Exception as error:
             reasons.setdefault(_short(error), profile)
             continue
@@ -146,12 +146,14 @@ def runnable(cls: type, config_class: type) -> tuple[Any, Inputs, str]:
     raise Unbuildable(text or "no inputs are known for its forward")
 
 
-def build(cls: type, config: Any) -> Any:
+def build(cls: type, config: Any, small: bool = True) -> Any:
     """A model of random weights, large enough that a wrong mask shows; none is zero or unset."""
     try:
         with torch.device("meta"):
             count = sum(p.numel() for p in cls(config).parameters())
     except Exception:
+        if not small:
+            raise
         count = 0  # Some constructors read values, which meta tensors lack.
     if count > MOST_PARAMETERS:
         raise Unbuildable(f"{count / 1e6:.0f} M parameters after shrinking")
@@ -183,7 +185,7 @@ def _refused_at_load(cls: type, config_class: type) -> str | None:
 
 
 def forward(model: Any, inputs: Inputs, **arguments: Any) -> Named:
-    """The float tensors that a forward returns; caches and masks left out."""
+    """The float tensors that a forward returns; caches, masks and attention weights left out."""
     torch.manual_seed(0)
     with torch.no_grad():
         return dict(_tensors(model(**inputs, **arguments)))
@@ -195,7 +197,7 @@ def _tensors(value: Any, name: str = "out") -> Iterator[tuple[str, torch.Tensor]
             yield name, value.detach()
     elif hasattr(value, "items"):
         for key, part in value.items():
-            if not re.search("past_key_values|mask", str(key)):
+            if not re.search("past_key_values|mask|attentions", str(key)):
                 yield from _tensors(part, f"{name}.{key}")
     elif isinstance(value, (list, tuple)):
         for i, part in enumerate(value):

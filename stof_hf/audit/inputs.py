@@ -109,6 +109,7 @@ def _size(config: Any) -> int:
 
 def _images(config: Any) -> Iterator[dict[str, torch.Tensor]]:
     channels = attribute(config, "num_channels", "in_channels", "in_chans", default=3)
+    channels = channels if isinstance(channels, int) else 3
     for size in dict.fromkeys((_size(config), 64, 224)):
         yield {"pixel_values": noise(BATCH, channels, size, size)}
     frames = attribute(config, "num_frames", default=4)
@@ -118,8 +119,8 @@ def _images(config: Any) -> Iterator[dict[str, torch.Tensor]]:
 def pictures(config: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Arguments of get_image_features: images, or patches with the grid that they form."""
     patch = attribute(config, "patch_size", default=8)
-    if isinstance(patch, int):
-        channels = attribute(config, "in_channels", "in_chans", "num_channels", default=3)
+    channels = attribute(config, "in_channels", "in_chans", "num_channels", default=3)
+    if isinstance(patch, int) and isinstance(channels, int):
         for frames in (attribute(config, "temporal_patch_size", default=1), 1):
             grid = torch.tensor([[1, 4, 4]])
             patches = noise(16, channels * frames * patch * patch)

@@ -55,7 +55,7 @@ def summary(data: dict[str, Any]) -> dict[str, int]:
 _INTRO = """# Model types
 
 Written by `stof models --markdown docs/models.md`. Each model type of Transformers {transformers} (torch {torch}) as a tiny random model in fp32 on the CPU,
-`attn_implementation="stof"` against `"eager"`. Padded query rows do not count.
+`attn_implementation="stof"` against `"eager"`. Padded query rows do not count, nor do attention weights, which "stof" never holds.
 
 {counts}
 

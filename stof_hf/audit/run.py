@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-TIME_LIMIT = 45.0  # seconds a model type
+TIME_LIMIT = 120.0  # seconds a model type
 
 
 def model_types() -> list[str]:

@@ -173,6 +173,8 @@ def _shrunk_arguments(config: Any, profile: str) -> dict[str, Any]:
             out[name] = _shrunk_value(name, value, profile)
     if "kv_lora_rank" in out and "num_key_value_heads" in out:
         out["num_key_value_heads"] = out.get("num_attention_heads", HEADS)
+    if "qk_rope_head_dim" in out and "head_dim" in out and profile == PROFILES[0]:
+        out["head_dim"] = out["qk_rope_head_dim"]  # What rotary embeddings are made for.
     layers = "num_hidden_layers"
     if count and isinstance(values.get(layers), int):
         out[layers] = len(picks)

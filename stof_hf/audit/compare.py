@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import StofError, StofWarning
+from ..errors import StofWarning, UnsupportedError
 from ..hf import attention as hf_attention
 from .checks import Check, Named, checks_of
 from .models import Unbuildable, classes_of, refusal_of, runnable, short
@@ -95,7 +95,7 @@ def compare(model: Any, checks: list[Check]) -> dict[str, Result]:
             expected[check.name] = first
     try:
         model.set_attn_implementation("stof")
-    except StofError as error:
+    except UnsupportedError as error:
         refused = {"outcome": "refused", "reason": str(error)}
         return {c.name: results.get(c.name, refused) for c in checks}
     for check in checks:
@@ -109,7 +109,7 @@ def _with_stof(model: Any, check: Check, expected: Named) -> Result:
         warnings.simplefilter("always")
         try:
             actual = (check.stof_run or check.run)(model)
-        except StofError as error:
+        except UnsupportedError as error:
             return {"outcome": "refused", "reason": str(error)}
         except Exception as error:
             return {"outcome": "crash", "reason": short(error)}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ..errors import StofError
+from ..errors import UnsupportedError
 from . import inputs as given
 from .checks import Inputs, forward
 from .shrink import PROFILES, shrunk
@@ -119,7 +119,7 @@ def refusal_of(cls: type, config_class: type) -> str | None:
         try:
             with torch.device("meta"):
                 cls._from_config(shrunk(config_class(), profile), attn_implementation="stof")
-        except StofError as error:
+        except UnsupportedError as error:
             return str(error)
         except Exception:
             continue  # Not about attention: whether it builds at all is for `runnable` to say.

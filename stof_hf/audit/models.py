@@ -31,7 +31,7 @@ def classes_of(model_type: str) -> list[type]:
     def found(mapping: str) -> type | None:
         try:
             cls = getattr(modeling_auto, mapping)[config]
-        except KeyError:
+        except (KeyError, ValueError):  # ValueError: listed, but not in the library.
             return None
         return cls[0] if isinstance(cls, (list, tuple)) else cls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -96,5 +97,5 @@ def _checks(result: dict[str, Any]) -> str:
 
 
 def _cell(text: str) -> str:
-    text = " ".join(text.split()).replace("|", "\\|")
+    text = re.sub(r" from '[^']*'", "", " ".join(text.split())).replace("|", "\\|")
     return text if len(text) <= 240 else text[:237] + "..."

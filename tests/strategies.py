@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from stof_hf.masks import Pattern, SparseMask, patterns
 
-lengths = st.one_of(st.integers(1, 300), st.sampled_from([1, 63, 64, 65, 127, 128, 129, 192, 256]))
+SPECIAL = [1, 63, 64, 65, 127, 128, 129, 192, 256, 320, 448]
+lengths = st.one_of(st.integers(1, 300), st.sampled_from(SPECIAL))
 
 
 @dataclass

@@ -190,7 +190,8 @@ class Blocks {
       const int32_t ordinary = at + (int32_t)p.tile_rows;
       for (int32_t count; at < end; at += count) {
         count = p.tiles == 2 && at + 1 < ordinary ? 2 : 1;
-        if (rows.repeats(at, count))
+        // A single tile behind pairs of them has no block to repeat.
+        if (!tasks_.empty() && tasks_.back().count == count && rows.repeats(at, count))
           tasks_.push_back({at, count, true});
         else if (count == 1 || rows.alike(rows.tiles[at], rows.tiles[at + 1]))
           push(at, count);

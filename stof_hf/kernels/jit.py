@@ -112,7 +112,7 @@ def load_library(name: str, sources: Sequence[str], flags: Sequence[str] = ()) -
     compile = (compiler, "-std=c++17", "-fPIC", *flags)
     link = (compiler, "-shared", "-pthread")
     folders = {source_dir(), *(path.parent for path in paths)}
-    files = {file for folder in folders for file in folder.iterdir() if file.suffix != ""}
+    files = {file for folder in folders for file in folder.iterdir() if file.is_file()}
     key = key_of(files, [*sources, *compile, *link, compiler_version(compiler), _processor()])
     return load(Recipe(name, key, paths, compile, link, title=f"the kernels {name}"))
 

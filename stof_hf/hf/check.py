@@ -1,7 +1,7 @@
 """Which models may load with "stof": a wrapper of two methods of Transformers' PreTrainedModel.
 
 Transformers lets every model load with any registered attention name, also those that compute
-attention on their own and never look at it (Longformer, BigBird, BLOOM). Such a model would run as
+attention on their own and never look at it (BLOOM, Reformer). Such a model would run as
 before and look as if it were sparse. The wrappers below add to Transformers' own check, which runs
 in every model's constructor and in `set_attn_implementation`:
 
@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StofWarning, UnsupportedError
-from . import patching
+from . import own, patching
 
 _NAMES = ("stof", "paged|stof")
 _ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
@@ -80,6 +80,8 @@ def _wrap_set(original: Any) -> Any:
         if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
             # Transformers reads a class's source to see whether it may; a notebook's has none.
             self.config._attn_implementation_internal = wanted
+        elif wanted == "eager" and own.serves(type(self)):
+            self.config._attn_implementation_internal = wanted
         chosen = self.config._attn_implementation
         for module in self.modules():
             if not isinstance(module, PreTrainedModel):
@@ -132,8 +134,11 @@ def uses_interface(cls: type) -> bool:
 
     Looks at the attention classes of the module that defines the class: at the names that their
     code refers to, not at source text, which notebooks and frozen applications lack. A module
-    without attention classes is taken to combine models that are checked on their own.
+    without attention classes is taken to combine models that are checked on their own. Families
+    that have a patch for their own attention are told apart by that.
     """
+    if (served := own.serves(cls)) is not None:
+        return served
     module = sys.modules.get(cls.__module__)
     classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []
     layers = [

@@ -1,0 +1,149 @@
+"""Models whose attention does not go through Transformers' interface, made to look at its name.
+
+A patch (stof_hf/patches) gives functions that take the place of methods of such a family's classes.
+They run where the configuration says "stof"; else the method is the family's own, so that switching
+back with `set_attn_implementation("eager")` leaves nothing behind. Parameters stay where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import eager_mask
+
+from ..errors import StofWarning, UnsupportedError
+from .attention import _collects_weights
+from .patching import pending, stamp_pending
+
+#: Model types, and the module of stof_hf.patches that serves each.
+PATCHES = {
+    "longformer": "longformer",
+    "led": "longformer",
+}
+# How many of the queries' rows a family's own code uses of the masks that it asks for.
+_MASK_ROWS = {"longformer": 1, "led": None}
+
+_served: set[str] = set()
+
+
+def install() -> None:
+    """Patch the families' modules when they are imported; a second call changes nothing."""
+    for family in PATCHES:
+        wrapt.register_post_import_hook(_patch, _module_of(family))
+
+
+def _module_of(family: str) -> str:
+    return f"transformers.models.{family}.modeling_{family}"
+
+
+def _patch(module: ModuleType) -> None:
+    family = module.__name__.split(".")[-2]
+    if family in _served:
+        return
+    methods = importlib.import_module(f"stof_hf.patches.{PATCHES[family]}").METHODS[family]
+    found = {}
+    for path, function in methods.items():
+        cls, name = path.split(".")
+        original = vars(getattr(module, cls, None) or object).get(name)
+        if original is None or not _fits(function, original):
+            return  # another version than the patch was written for, which is refused as before
+        found[path] = (getattr(module, cls), name, original, function)
+    for cls, name, original, function in found.values():
+        setattr(cls, name, _switch(original, function))
+    _served.add(family)
+
+
+def _fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
+    """Whether a patch's function, which takes the original first, names the same arguments."""
+    own, _, *wanted = inspect.signature(function).parameters
+    return [own, *wanted] == list(inspect.signature(original).parameters)
+
+
+def _switch(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        config = getattr(self, "config", None)
+        if config is None or config._attn_implementation != "stof":
+            return original(self, *args, **kwargs)
+        return function(self, original, *args, **kwargs)
+
+    return method
+
+
+def serves(cls: type) -> bool | None:
+    """Whether "stof" computes the attention of a model class that does it on its own.
+
+    None for classes of all other families.
+    """
+    for base in cls.__mro__:
+        for family in PATCHES:
+            if base.__module__ == _module_of(family):
+                return _is_served(family)
+    return None
+
+
+def _is_served(family: str) -> bool:
+    # The hook is too early where the family's module is the one that imported Transformers.
+    if family not in _served and (module := sys.modules.get(_module_of(family))):
+        _patch(module)
+    return family in _served
+
+
+def mask_for_own_code(config: Any, **arguments: Any) -> torch.Tensor | None:
+    """The additive mask that a family's own code computes with; None where it is to be sparse."""
+    family = getattr(config, "model_type", None)
+    if family not in PATCHES or not _is_served(family) or family not in _MASK_ROWS:
+        return None
+    rows = _MASK_ROWS[family] or arguments.pop("q_length")
+    return eager_mask(**{**arguments, "q_length": rows})
+
+
+_warned: set[str] = set()
+
+
+def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: bool = False) -> bool:
+    """Whether the family's own code has to compute a layer, with one warning for each reason.
+
+    Raises UnsupportedError for a layer with a pattern of `set_pattern`.
+    """
+    if pending:
+        stamp_pending()
+    if module.__dict__.get("_stof_stamp") is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} has a sparse pattern of its own, to which set_pattern cannot "
+            "add another: leave it out with set_pattern(..., modules=...)"
+        )
+    if output_attentions or _collects_weights():
+        reason = "output_attentions=True asks for attention weights"
+    elif dropout and module.training:
+        reason = f"attention dropout is {dropout} in training (set it to 0 to train with stof)"
+    else:
+        return False
+    if reason not in _warned:
+        _warned.add(reason)
+        name = type(module).__name__
+        warnings.warn(f"{name} runs the model's own code: {reason}", StofWarning, stacklevel=5)
+    return True
+
+
+class PerForward:
+    """Values that the layers of one forward share, by a tensor that all of them are called with."""
+
+    def __init__(self, make: Callable[..., Any]):
+        self.make, self.held = make, WeakIdKeyDictionary()
+
+    def __call__(self, tensor: torch.Tensor, *args: Any) -> Any:
+        if tensor not in self.held:
+            self.held[tensor] = self.make(tensor, *args)
+        return self.held[tensor]

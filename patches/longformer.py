@@ -12,8 +12,8 @@ and take them out of its windows: the mask then depends on their number alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,9 +63,15 @@ class Layout:
     valid: torch.Tensor | None
     in_front: torch.Tensor | None
     gathered: int
+    masks: dict[int, SparseMask] = field(default_factory=dict)
 
     def local(self, window: int) -> SparseMask:
         """The mask of the local projections: a window on each side, and the global keys."""
+        if window not in self.masks:
+            self.masks[window] = self._make_local(window)
+        return self.masks[window]
+
+    def _make_local(self, window: int) -> SparseMask:
         near = SlidingWindow(window, window)
         if self.gathered:
             seen = near | GlobalKeys(tuple(range(self.gathered)))
@@ -75,13 +81,16 @@ class Layout:
         seen = near if self.tokens is None else near | GlobalKeys(self.tokens.columns)
         return mask_for(seen, self.size, self.size, device=self.device).with_words(self.valid)
 
+    @cached_property
     def of_global_rows(self) -> SparseMask | None:
+        """The mask of the global tokens' own projections: all keys but padding."""
         if self.valid is None:
             return None
         count = len(self.tokens.index) // len(self.valid)
         return mask_for(Full(), count, self.size, device=self.device).with_words(self.valid)
 
 
+@PerForward
 def _layout(attention_mask: torch.Tensor) -> Layout:
     """The layout that a float mask [B, S] says: negative at padding, positive at global tokens."""
     # The model's own code reads it for every layer, this once a forward.
@@ -129,9 +138,6 @@ def _make_layout(kinds: np.ndarray, device: torch.device) -> Layout:
     return Layout(kinds.shape[1], device, tokens, hidden, valid, in_front, gathered)
 
 
-_layout_in_forward = PerForward(_layout)
-
-
 def attention(
     self: nn.Module,
     original: Any,
@@ -148,7 +154,7 @@ def attention(
             self, original, hidden_states, attention_mask, is_index_masked, is_index_global_attn,
             is_global_attn, output_attentions,
         )  # fmt: skip
-    layout = _layout_in_forward(attention_mask)
+    layout = _layout(attention_mask)
     batch, size, _ = hidden_states.shape
 
     def heads(x: torch.Tensor) -> torch.Tensor:
@@ -169,7 +175,7 @@ def attention(
         flat = hidden_states.reshape(batch * size, -1)
         q = self.query_global(flat.index_select(0, tokens.index))
         k, v = self.key_global(hidden_states), self.value_global(hidden_states)
-        found = attend(heads(q), heads(k), heads(v), layout.of_global_rows()).flatten(0, 1)
+        found = attend(heads(q), heads(k), heads(v), layout.of_global_rows).flatten(0, 1)
         if tokens.slots is not None:
             found = found.index_select(0, tokens.slots)
         # Backward needs what the op returned, so that it is written over in inference only.

@@ -80,8 +80,6 @@ def _wrap_set(original: Any) -> Any:
         if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
             # Transformers reads a class's source to see whether it may; a notebook's has none.
             self.config._attn_implementation_internal = wanted
-        elif wanted == "eager" and own.serves(type(self)):
-            self.config._attn_implementation_internal = wanted
         chosen = self.config._attn_implementation
         for module in self.modules():
             if not isinstance(module, PreTrainedModel):

@@ -30,6 +30,8 @@ from .patching import pending, stamp_pending
 PATCHES = {
     "longformer": "longformer",
     "led": "longformer",
+    "big_bird": "big_bird",
+    "bigbird_pegasus": "big_bird",
 }
 # How many of the queries' rows a family's own code uses of the masks that it asks for.
 _MASK_ROWS = {"longformer": 1, "led": None}
@@ -48,6 +50,9 @@ def _module_of(family: str) -> str:
 
 
 def _patch(module: ModuleType) -> None:
+    # Importing it registers "stof", which imports this module.
+    from transformers.modeling_utils import PreTrainedModel
+
     family = module.__name__.split(".")[-2]
     if family in _served:
         return
@@ -61,13 +66,18 @@ def _patch(module: ModuleType) -> None:
         found[path] = (getattr(module, cls), name, original, function)
     for cls, name, original, function in found.values():
         setattr(cls, name, _switch(original, function))
+    for cls in vars(module).values():
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            # Transformers reads the module's source to see whether its attention can be switched.
+            cls._can_set_attn_implementation_cached_value = True
     _served.add(family)
 
 
 def _fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
     """Whether a patch's function, which takes the original first, names the same arguments."""
     own, _, *wanted = inspect.signature(function).parameters
-    return [own, *wanted] == list(inspect.signature(original).parameters)
+    taken = list(inspect.signature(original).parameters)
+    return wanted == ["args", "kwargs"] or [own, *wanted] == taken
 
 
 def _switch(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,12 +148,18 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
 
 
 class PerForward:
-    """Values that the layers of one forward share, by a tensor that all of them are called with."""
+    """A function of a tensor that all layers of a forward are called with, and of other arguments.
 
-    def __init__(self, make: Callable[..., Any]):
-        self.make, self.held = make, WeakIdKeyDictionary()
+    Each value is computed once for as long as the tensor lives.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.values = function, WeakIdKeyDictionary()
 
     def __call__(self, tensor: torch.Tensor, *args: Any) -> Any:
-        if tensor not in self.held:
-            self.held[tensor] = self.make(tensor, *args)
-        return self.held[tensor]
+        if torch.compiler.is_compiling():
+            return self.function(tensor, *args)
+        known = self.values.setdefault(tensor, {})
+        if args not in known:
+            known[args] = self.function(tensor, *args)
+        return known[args]

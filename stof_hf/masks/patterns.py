@@ -17,15 +17,15 @@ import torch
 
 from .bits import TILE, words_per
 from .documents import Documents
-from .given import Custom, Dense
+from .given import BlockTable, Custom, Dense
 from .intervals import Intervals
 from .pattern import And, Index, Not, Or, Pattern, Rows, positions, whole
 from .random_blocks import RandomBlocks
 
 __all__ = [
-    "And", "BigBird", "Causal", "Chunked", "Custom", "Dense", "Dilated", "Documents", "Full",
-    "GlobalKeys", "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM", "RandomBlocks",
-    "SlidingWindow",
+    "And", "BigBird", "BlockTable", "Causal", "Chunked", "Custom", "Dense", "Dilated", "Documents",
+    "Full", "GlobalKeys", "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM",
+    "RandomBlocks", "SlidingWindow",
 ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,15 @@ OWN_CODE = [
     (modeling_big_bird.BigBirdBlockSparseAttention, "bigbird_block_sparse_attention"),
     (modeling_bigbird_pegasus.BigBirdPegasusBlockSparseAttention, "bigbird_block_sparse_attention"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def pair(name: str, **changes: Any) -> tuple[Any, Any]:

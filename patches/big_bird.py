@@ -90,12 +90,13 @@ def _with_extra(x: torch.Tensor, block: int, extra: tuple[int, ...]) -> torch.Te
 
 
 @PerForward
-def _mask(blocked_mask: torch.Tensor, seen: BlockTable, extra: tuple[int, ...]) -> SparseMask:
-    """The mask of a forward whose padding is said by 0 and 1 in [B, blocks, block size]."""
-    block = blocked_mask.shape[2]
-    valid = _with_extra(blocked_mask.flatten(1) > 0, block, extra)
-    mask = mask_for(seen, len(blocked_mask[0]) * block, valid.shape[1], device=valid.device)
-    return mask.with_words(bits.pack(valid))
+def _mask(blocked_mask: torch.Tensor, *drawn_by: Any) -> tuple[SparseMask, tuple[int, ...]]:
+    """`pattern(*drawn_by)` as a mask, for padding that is 0 in [B, blocks, block size]."""
+    seen, extra = pattern(*drawn_by)
+    valid = _with_extra(blocked_mask.flatten(1) > 0, seen.block_size, extra)
+    size = blocked_mask[0].numel()
+    mask = mask_for(seen, size, valid.shape[1], device=valid.device)
+    return mask.with_words(bits.pack(valid)), extra
 
 
 def _heads(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -121,15 +122,14 @@ def block_sparse(
             **kwargs,
         )  # fmt: skip
     size = hidden_states.shape[1]
-    seen, extra = pattern(
-        type(self), self.seed if self.training else None, size, self.block_size,
+    mask, extra = _mask(
+        to_blocked_mask, type(self), self.seed if self.training else None, size, self.block_size,
         self.num_random_blocks, self.num_attention_heads, self.max_seqlen,
     )  # fmt: skip
     k, v = (_with_extra(p(hidden_states), self.block_size, extra) for p in (self.key, self.value))
     out = attention_by_rows(
-        _heads(self, self.query(hidden_states)), _heads(self, k), _heads(self, v),
-        _mask(to_blocked_mask, seen, extra), self.attention_head_size**-0.5,
-        softcap=0.0, bias=None, sinks=None,
+        _heads(self, self.query(hidden_states)), _heads(self, k), _heads(self, v), mask,
+        self.attention_head_size**-0.5, softcap=0.0, bias=None, sinks=None,
     )  # fmt: skip
     return out.flatten(2) * from_mask.view(-1, size, 1).to(out.dtype), None
 

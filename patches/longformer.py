@@ -12,8 +12,8 @@ and take them out of its windows: the mask then depends on their number alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,15 +63,9 @@ class Layout:
     valid: torch.Tensor | None
     in_front: torch.Tensor | None
     gathered: int
-    masks: dict[int, SparseMask] = field(default_factory=dict)
 
     def local(self, window: int) -> SparseMask:
         """The mask of the local projections: a window on each side, and the global keys."""
-        if window not in self.masks:
-            self.masks[window] = self._make_local(window)
-        return self.masks[window]
-
-    def _make_local(self, window: int) -> SparseMask:
         near = SlidingWindow(window, window)
         if self.gathered:
             seen = near | GlobalKeys(tuple(range(self.gathered)))
@@ -81,7 +75,6 @@ class Layout:
         seen = near if self.tokens is None else near | GlobalKeys(self.tokens.columns)
         return mask_for(seen, self.size, self.size, device=self.device).with_words(self.valid)
 
-    @cached_property
     def of_global_rows(self) -> SparseMask | None:
         """The mask of the global tokens' own projections: all keys but padding."""
         if self.valid is None:
@@ -138,6 +131,13 @@ def _make_layout(kinds: np.ndarray, device: torch.device) -> Layout:
     return Layout(kinds.shape[1], device, tokens, hidden, valid, in_front, gathered)
 
 
+@PerForward
+def _masks(attention_mask: torch.Tensor, window: int) -> tuple[Layout, SparseMask, Any]:
+    """The layout, and the masks of local and global rows in layers with that window."""
+    layout = _layout(attention_mask)
+    return layout, layout.local(window), layout.tokens and layout.of_global_rows()
+
+
 def attention(
     self: nn.Module,
     original: Any,
@@ -154,7 +154,7 @@ def attention(
             self, original, hidden_states, attention_mask, is_index_masked, is_index_global_attn,
             is_global_attn, output_attentions,
         )  # fmt: skip
-    layout = _layout(attention_mask)
+    layout, near, everywhere = _masks(attention_mask, self.one_sided_attn_window_size)
     batch, size, _ = hidden_states.shape
 
     def heads(x: torch.Tensor) -> torch.Tensor:
@@ -170,12 +170,12 @@ def attention(
     if layout.gathered:
         k, v = (_with_global_keys(x, tokens, layout.gathered) for x in (k, v))
     q = self.query(hidden_states)
-    out = attend(heads(q), heads(k), heads(v), layout.local(self.one_sided_attn_window_size))
+    out = attend(heads(q), heads(k), heads(v), near)
     if tokens is not None:
         flat = hidden_states.reshape(batch * size, -1)
         q = self.query_global(flat.index_select(0, tokens.index))
         k, v = self.key_global(hidden_states), self.value_global(hidden_states)
-        found = attend(heads(q), heads(k), heads(v), layout.of_global_rows).flatten(0, 1)
+        found = attend(heads(q), heads(k), heads(v), everywhere).flatten(0, 1)
         if tokens.slots is not None:
             found = found.index_select(0, tokens.slots)
         # Backward needs what the op returned, so that it is written over in inference only.

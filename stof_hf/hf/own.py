@@ -24,7 +24,7 @@ from transformers.masking_utils import eager_mask
 
 from ..errors import StofWarning, UnsupportedError
 from .attention import _collects_weights
-from .patching import pending, stamp_pending
+from .patching import pending, stamp_pending, stamp_pending_traced
 
 #: Model types, and the module of stof_hf.patches that serves each.
 PATCHES = {
@@ -127,14 +127,16 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
 
     Raises UnsupportedError for a layer with a pattern of `set_pattern`.
     """
-    if pending:
+    if torch.compiler.is_compiling():
+        stamp_pending_traced()
+    elif pending:
         stamp_pending()
     if module.__dict__.get("_stof_stamp") is not None:
         raise UnsupportedError(
             f"{type(module).__name__} has a sparse pattern of its own, to which set_pattern cannot "
             "add another: leave it out with set_pattern(..., modules=...)"
         )
-    if output_attentions or _collects_weights():
+    if output_attentions or (not torch.compiler.is_compiling() and _collects_weights()):
         reason = "output_attentions=True asks for attention weights"
     elif dropout and module.training:
         reason = f"attention dropout is {dropout} in training (set it to 0 to train with stof)"
@@ -150,15 +152,14 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
 class PerForward:
     """A function of a tensor that all layers of a forward are called with, and of other arguments.
 
-    Each value is computed once for as long as the tensor lives.
+    Each value is computed once for as long as the tensor lives, and outside of compiled graphs.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function, self.values = function, WeakIdKeyDictionary()
 
+    @torch.compiler.disable
     def __call__(self, tensor: torch.Tensor, *args: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return self.function(tensor, *args)
         known = self.values.setdefault(tensor, {})
         if args not in known:
             known[args] = self.function(tensor, *args)

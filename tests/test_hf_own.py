@@ -368,3 +368,27 @@ def test_half_precision() -> None:
             cast = first(model, given)
     for result in (found, cast):
         assert float((result.float() - wanted).abs().mean()) <= 0.05 * float(wanted.abs().mean())
+
+
+def test_compiled() -> None:
+    for name in ("longformer", "big_bird"):
+        reference, model = pair(name)
+        given = inputs(name, 61, "right", "question" if name == "longformer" else "none")
+        with torch.no_grad():
+            found = first(torch.compile(model, backend="eager"), given)
+            assert close(found, first(reference, given))
+
+
+def test_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from stof_hf.bench import own as bench
+
+    monkeypatch.setattr(bench, "_TURNS", 1)
+    monkeypatch.setattr(bench, "_TURN_S", 0.0)
+    device, file = torch.device("cpu"), tmp_path / "own.json"
+    small = {key: x for key, x in TEXT.items() if key != "max_position_embeddings"}
+    options = {**small, "attention_window": 8, "block_size": 4}
+    data = bench.run(batch=[1], tokens=[72], device=device, options=options, json_path=file)
+    assert [entry["results"]["status"] for entry in data["cells"]] == ["ok", "ok"]
+    assert bench.table(data).row_count == 2 and file.exists()
+    with pytest.raises(stof_hf.StofError, match="no model is called"):
+        bench.run(["bert"], device=device)

@@ -392,3 +392,63 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert bench.table(data).row_count == 2 and file.exists()
     with pytest.raises(stof_hf.StofError, match="no model is called"):
         bench.run(["bert"], device=device)
+
+
+REAL = {
+    "longformer": {"attention_window": [256, 512]}, "led": {"attention_window": [256, 512]},
+    "big_bird": {"block_size": 64, "num_random_blocks": 3},
+    "bigbird_pegasus": {"block_size": 64, "num_random_blocks": 3},
+}  # fmt: skip
+
+
+def on_gpu(name: str) -> tuple[Any, Any]:
+    """Models with heads of 64."""
+    size = "hidden_size" if "hidden_size" in CONFIGS[name].to_diff_dict() else "d_model"
+    reference, model = pair(
+        name, **REAL[name], **{size: 128}, max_position_embeddings=2100,
+        max_encoder_position_embeddings=2100,
+    )  # fmt: skip
+    return reference.cuda(), model.cuda()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", ["none", "first", "question", "random"])
+@pytest.mark.parametrize("size", [700, 2048])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_on_a_gpu(name: str, size: int, tokens: str) -> None:
+    if tokens != "none" and name not in ("longformer", "led"):
+        pytest.skip("it has no global tokens")
+    reference, model = on_gpu(name)
+    given = {k: x.cuda() for k, x in inputs(name, size, "right", tokens).items()}
+    with torch.no_grad():
+        wanted, found = first(reference, given), first(model.half(), given)
+        half = first(copy.deepcopy(reference).half(), given)
+    assert float((found - wanted).square().mean()) <= 1.5 * float((half - wanted).square().mean())
+
+
+@pytest.mark.gpu
+def test_gradients_on_a_gpu() -> None:
+    for name in ("longformer", "big_bird"):
+        reference, model = (m.train() for m in on_gpu(name))
+        tokens = "question" if name == "longformer" else "none"
+        given = {k: x.cuda() for k, x in inputs(name, 1300, "right", tokens).items()}
+        for m in (reference, model):
+            first(m, given).square().mean().backward()
+        for (key, p), q in zip(reference.named_parameters(), model.parameters(), strict=True):
+            if p.grad is not None:
+                near = 1e-3 * float(p.grad.abs().max()) + 1e-6
+                assert float((p.grad - q.grad).abs().max()) <= near, key
+
+
+@pytest.mark.gpu
+def test_big_bird_does_not_synchronise() -> None:
+    model = on_gpu("big_bird")[1].half()
+    given = {k: x.cuda() for k, x in inputs("big_bird", 2048, "right").items()}
+    with torch.no_grad():
+        wanted = first(model, given)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = first(model, given)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found, wanted)

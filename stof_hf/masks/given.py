@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,14 +125,10 @@ class BlockTable(Pattern):
     Args:
         table: bool array [H or 1, query blocks, key blocks], True where attention is allowed.
         block_size: tokens in a block, of queries and of keys.
-
-    Has no JSON form.
     """
 
     table: np.ndarray = field(repr=False)
     block_size: int
-
-    serializable = False
 
     def __post_init__(self) -> None:
         whole("block_size", self.block_size, 1)
@@ -182,6 +179,11 @@ class BlockTable(Pattern):
         lo, hi = np.zeros((2, len(held), max(1, count.max(initial=0))), np.int64)
         lo[row, place], hi[row, place] = begin * self.block_size, end * self.block_size
         return lo, hi
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": type(self).__name__, "table": self.table.tolist(), "block_size": self.block_size
+        }  # fmt: skip
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,3 +7,11 @@ A family that computes attention by code of its own lists functions that take th
 of its classes, as `METHODS`; see stof_hf/hf/own.py. Adding a model is adding one file here and one
 row to a test.
 """
+
+#: Model types that compute attention by code of their own, and the module that replaces it.
+OWN_ATTENTION = {
+    "longformer": "longformer",
+    "led": "longformer",
+    "big_bird": "big_bird",
+    "bigbird_pegasus": "big_bird",
+}

@@ -350,6 +350,8 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         modeling_longformer.LongformerSelfAttention, "forward", lambda self, hidden_states: None
     )
+    own.patch(modeling_longformer)
+    assert not own._served
     stof_hf.hf.check.uses_interface.cache_clear()
     try:
         with pytest.raises(UnsupportedError, match="computes attention on its own"):

@@ -8,7 +8,6 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    from . import own
     from .attention import stof_attention
     from .check import install
     from .masks import stof_mask
@@ -20,4 +19,3 @@ def register() -> None:
     AttentionInterface.register("paged|stof", paged_attention)
     AttentionMaskInterface.register("paged|stof", paged_mask)
     install()
-    own.install()

@@ -10,53 +10,36 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
-import wrapt
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import eager_mask
 
 from ..errors import StofWarning, UnsupportedError
+from ..patches import OWN_ATTENTION
 from .attention import _collects_weights
 from .patching import pending, stamp_pending, stamp_pending_traced
 
-#: Model types, and the module of stof_hf.patches that serves each.
-PATCHES = {
-    "longformer": "longformer",
-    "led": "longformer",
-    "big_bird": "big_bird",
-    "bigbird_pegasus": "big_bird",
-}
 # How many of the queries' rows a family's own code uses of the masks that it asks for.
 _MASK_ROWS = {"longformer": 1, "led": None}
 
 _served: set[str] = set()
 
 
-def install() -> None:
-    """Patch the families' modules when they are imported; a second call changes nothing."""
-    for family in PATCHES:
-        wrapt.register_post_import_hook(_patch, _module_of(family))
-
-
-def _module_of(family: str) -> str:
-    return f"transformers.models.{family}.modeling_{family}"
-
-
-def _patch(module: ModuleType) -> None:
+def patch(module: ModuleType) -> None:
+    """Patch a family's module, once it is imported; a second call changes nothing."""
     # Importing it registers "stof", which imports this module.
     from transformers.modeling_utils import PreTrainedModel
 
     family = module.__name__.split(".")[-2]
     if family in _served:
         return
-    methods = importlib.import_module(f"stof_hf.patches.{PATCHES[family]}").METHODS[family]
+    methods = importlib.import_module(f"stof_hf.patches.{OWN_ATTENTION[family]}").METHODS[family]
     found = {}
     for path, function in methods.items():
         cls, name = path.split(".")
@@ -96,24 +79,17 @@ def serves(cls: type) -> bool | None:
 
     None for classes of all other families.
     """
-    for base in cls.__mro__:
-        for family in PATCHES:
-            if base.__module__ == _module_of(family):
-                return _is_served(family)
+    modules = {base.__module__ for base in cls.__mro__}
+    for family in OWN_ATTENTION:
+        if f"transformers.models.{family}.modeling_{family}" in modules:
+            return family in _served
     return None
-
-
-def _is_served(family: str) -> bool:
-    # The hook is too early where the family's module is the one that imported Transformers.
-    if family not in _served and (module := sys.modules.get(_module_of(family))):
-        _patch(module)
-    return family in _served
 
 
 def mask_for_own_code(config: Any, **arguments: Any) -> torch.Tensor | None:
     """The additive mask that a family's own code computes with; None where it is to be sparse."""
     family = getattr(config, "model_type", None)
-    if family not in PATCHES or not _is_served(family) or family not in _MASK_ROWS:
+    if family not in _served or family not in _MASK_ROWS:
         return None
     rows = _MASK_ROWS[family] or arguments.pop("q_length")
     return eager_mask(**{**arguments, "q_length": rows})

@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from stof_hf.attention.op import attention_by_rows
 from stof_hf.hf.attention import stof_attention
-from stof_hf.hf.own import PerForward, leaves_to_own_code
+from stof_hf.hf.own import PerForward, attend, leaves_to_own_code
 from stof_hf.masks import bits
 from stof_hf.masks.cache import mask_for
 from stof_hf.masks.given import BlockTable
@@ -127,11 +126,9 @@ def block_sparse(
         self.num_random_blocks, self.num_attention_heads, self.max_seqlen,
     )  # fmt: skip
     k, v = (_with_extra(p(hidden_states), self.block_size, extra) for p in (self.key, self.value))
-    out = attention_by_rows(
-        _heads(self, self.query(hidden_states)), _heads(self, k), _heads(self, v), mask,
-        self.attention_head_size**-0.5, softcap=0.0, bias=None, sinks=None,
-    )  # fmt: skip
-    return out.flatten(2) * from_mask.view(-1, size, 1).to(out.dtype), None
+    q = self.query(hidden_states)
+    out = attend(_heads(self, q), _heads(self, k), _heads(self, v), mask)
+    return out * from_mask.view(-1, size, 1).to(out.dtype), None
 
 
 def full(

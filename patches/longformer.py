@@ -21,8 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stof_hf.attention.op import attention_by_rows
-from stof_hf.hf.own import PerForward, leaves_to_own_code
+from stof_hf.hf.own import PerForward, attend, leaves_to_own_code
 from stof_hf.masks import bits
 from stof_hf.masks.bits import TILE
 from stof_hf.masks.cache import mask_for
@@ -159,12 +158,6 @@ def attention(
 
     def heads(x: torch.Tensor) -> torch.Tensor:
         return x.view(batch, -1, self.num_heads, self.head_dim).transpose(1, 2)
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any) -> torch.Tensor:
-        out = attention_by_rows(
-            q, k, v, mask, self.head_dim**-0.5, softcap=0.0, bias=None, sinks=None
-        )
-        return out.flatten(2)
 
     tokens, k, v = layout.tokens, self.key(hidden_states), self.value(hidden_states)
     if layout.gathered:

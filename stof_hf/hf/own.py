@@ -21,8 +21,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import eager_mask
 
 from ..errors import StofWarning, UnsupportedError
+from ..masks.sparse_mask import SparseMask
 from ..patches import OWN_ATTENTION
-from .attention import _collects_weights
+from . import attention
 from .patching import pending, stamp_pending, stamp_pending_traced
 
 # How many of the queries' rows a family's own code uses of the masks that it asks for.
@@ -112,7 +113,7 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
             f"{type(module).__name__} has a sparse pattern of its own, to which set_pattern cannot "
             "add another: leave it out with set_pattern(..., modules=...)"
         )
-    if output_attentions or (not torch.compiler.is_compiling() and _collects_weights()):
+    if output_attentions or (not torch.compiler.is_compiling() and attention._collects_weights()):
         reason = "output_attentions=True asks for attention weights"
     elif dropout and module.training:
         reason = f"attention dropout is {dropout} in training (set it to 0 to train with stof)"
@@ -123,6 +124,16 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
         name = type(module).__name__
         warnings.warn(f"{name} runs the model's own code: {reason}", StofWarning, stacklevel=5)
     return True
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SparseMask | None
+) -> torch.Tensor:
+    """The op on [B, H, S, D] with the usual scale: [B, Sq, H * Dv], as layers project it."""
+    out = attention.attention_by_rows(
+        query, key, value, mask, None, softcap=0.0, bias=None, sinks=None
+    )
+    return out.flatten(2)
 
 
 class PerForward:

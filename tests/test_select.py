@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stof_hf import SparseMask, patterns
-from stof_hf.attention import cuda, sdpa, select
+from stof_hf.attention import cuda, cuda_band, model, sdpa, select
 from stof_hf.errors import BuildError, UnsupportedError
 from stof_hf.kernels import jit
 from stof_hf.masks import native
@@ -43,6 +43,66 @@ def test_families_that_compute_a_call(families):
         {"value_dim": 32}, {"value_dim": 128},
     ):  # fmt: skip
         assert families(hopper, **other) == general
+
+
+def test_bands(families, monkeypatch):
+    sliding = patterns.SlidingWindow(70, 30)
+    for pattern, band in (
+        (patterns.Causal() & sliding, (70, 0)), (patterns.Full() & sliding, (70, 30)),
+        (patterns.Causal() | sliding, None), (patterns.Longformer(9, (0,)), None),
+        (~patterns.Causal(), None), (patterns.Chunked(64), None),
+    ):  # fmt: skip
+        assert cuda_band.band_of(pattern) == band
+    far, to = cuda_band.band_of(patterns.Causal())
+    assert far > 1 << 20 and to == 0
+
+    def computes(capability, dim=64, **rest):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        q = torch.zeros(2, 4, 500, dim, dtype=torch.float16)
+        options = {"mask": mask, "bias": None, "scale": 0.2, "softcap": 0.0, **rest}
+        return cuda_band.computes(q, q, q, *options.values())
+
+    mask = SparseMask.from_pattern(patterns.Causal(), 500)
+    assert computes((9, 0)) and computes((9, 0), 128)
+    padded = SparseMask.from_pattern(patterns.Causal(), 500, padding=torch.ones(2, 500) > 0)
+    for other in (
+        {"dim": 96}, {"mask": MASK}, {"mask": padded}, {"scale": -1.0}, {"softcap": 1.0},
+        {"bias": torch.zeros(1, 1, 1, 500)},
+    ):  # fmt: skip
+        assert not computes((9, 0), **other)
+    assert not computes((8, 0)) and not computes((10, 0))
+
+
+@pytest.mark.parametrize("band", [(10**6, 10**6), (10**6, 0), (700, 100)])
+@pytest.mark.parametrize(
+    "rows, copies, length, together", [(192, 12, 4096, 12), (192, 24, 1000, 7), (128, 24, 1000, 7)]
+)
+def test_the_time_of_a_band_is_that_of_its_busiest_block(band, rows, copies, length, together):
+    start, item, step = model.BAND[False, rows]
+
+    def seen(row):
+        """Steps that 64 rows compute, and of them those that not all rows see all of."""
+        last = min(row + 64, length) - 1
+        begin, end = max(0, row - band[0]) // 128, -(-min(length, last + band[1] + 1) // 128)
+        whole = range(128 * begin, min(128 * end, length - 127), 128)
+        whole = [k for k in whole if last - band[0] <= k and k + 127 <= row + band[1]]
+        return begin, end, end - begin - len(whole)
+
+    blocks = [0.0] * 132
+    items = []
+    for first in range(0, copies, together):
+        heads = min(together, copies - first)
+        for tile_end in range(-(-length // 64) * 64, 0, -rows):
+            groups = [seen(row) for row in range(max(0, tile_end - rows), tile_end, 64)]
+            passed = max(end for _, end, _ in groups) - min(begin for begin, _, _ in groups)
+            own = sum(end - begin for begin, end, _ in groups) * 64 / rows
+            cut = sum(cut for *_, cut in groups) * 64 / rows
+            items += [item + step * (0.3 * passed + 0.7 * own) + 0.25 * cut] * heads
+    for i, time in enumerate(items):
+        turn, block = divmod(i, 132)
+        blocks[131 - block if turn % 2 else block] += time
+    got = model.band_us(rows, copies, length, length, band, 0, together, 64, 132)
+    assert got == pytest.approx(start + max(blocks))
 
 
 def test_calls_left_to_triton(families):

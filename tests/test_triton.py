@@ -87,7 +87,7 @@ def test_head_sizes(kernel, dtype, dim, value_dim):
 
 
 @pytest.mark.parametrize(
-    "sq, sk", [(1, 1), (1, 200), (3, 65), (64, 64), (63, 129), (200, 70), (257, 257)]
+    "sq, sk", [(1, 1), (1, 200), (3, 65), (64, 64), (63, 129), (5, 192), (200, 70), (257, 257)]
 )
 @pytest.mark.parametrize("masked", [False, True])
 def test_lengths(kernel, sq, sk, masked):
@@ -160,16 +160,17 @@ def test_odd_groups(kernel, heads, kv_heads, q_len):
     compare(*make(1, heads, kv_heads, q_len, 80, 16), mask, mask.to_dense())
 
 
+@pytest.mark.parametrize("kv_len", [1024, 1030])
 @pytest.mark.parametrize("sinks", [None, torch.tensor([0.5])])
 @pytest.mark.parametrize(
     "pattern",
     [patterns.Full(), patterns.Causal(), patterns.Dilated(500, 2), patterns.GlobalTokens((0, 1))],
     ids=lambda p: type(p).__name__,
 )
-def test_split_over_keys(kernel, monkeypatch, pattern, sinks):
+def test_split_over_keys(kernel, monkeypatch, pattern, sinks, kv_len):
     monkeypatch.setattr(select, "multiprocessors", lambda device: 64)
-    mask = SparseMask.from_pattern(pattern, 64, 1030, q_offset=966).to(DEVICE)
-    compare(*make(1, 1, 1, 64, 1030, 16), mask, mask.to_dense(), sinks=sinks)
+    mask = SparseMask.from_pattern(pattern, 64, kv_len, q_offset=kv_len - 64).to(DEVICE)
+    compare(*make(1, 1, 1, 64, kv_len, 16), mask, mask.to_dense(), sinks=sinks)
     (call,) = (c.call for c in mask.plans["triton calls"].values())
     if kernel == "row-wise":
         assert call.splits > 1
@@ -179,7 +180,8 @@ def test_split_over_keys(kernel, monkeypatch, pattern, sinks):
 
 @pytest.mark.parametrize("on_device", [False, True])
 @pytest.mark.parametrize(
-    "q_len, row, kv_len, col", [(1, 150, 151, 0), (3, 90, 93, 0), (1, 99, 60, 40)]
+    "q_len, row, kv_len, col",
+    [(1, 150, 151, 0), (3, 90, 93, 0), (1, 99, 60, 40), (3, 99, 64, 40), (3, 125, 128, 0)],
 )
 def test_decode_views(q_len, row, kv_len, col, on_device):
     mask = SparseMask.from_pattern(patterns.Longformer(30, (0,)) & patterns.Causal(), 200)
@@ -236,15 +238,27 @@ def test_random_masks(case, dim, dtype, grouped):
     compare(q, k, v, mask, allowed)
 
 
-@pytest.mark.timeout(600)
-def test_every_kernel_compiles_and_fits_into_shared_memory():
-    """For GPUs that need not be here, with as many rows in a block as there can be."""
+def without_a_gpu(*arguments):
+    """What compile_triton.py prints."""
     script = Path(__file__).with_name("compile_triton.py")
     paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.timeout(600)
+def test_every_kernel_compiles_and_fits_into_shared_memory():
+    """For GPUs that need not be here, with as many rows in a block as there can be."""
+    cases = without_a_gpu()
     assert len(cases) == 60
     wrong = [case for case in cases if isinstance(case[1], str) or case[1] > case[2]]
     assert not wrong, wrong
+
+
+def test_lengths_and_batches_share_compiled_kernels():
+    found = without_a_gpu("keys")
+    assert len(found) == 5
+    assert all(set(kernels.values()) == {1} for _, kernels in found), found

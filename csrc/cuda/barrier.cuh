@@ -62,4 +62,13 @@ __device__ __forceinline__ void barrier_wait_cluster(uint64_t* barrier, int pari
 #endif
 }
 
+// A position in a ring of N buffers and the parity of its barriers' phase.
+template <int N>
+struct Ring {
+  int at = 0, parity = 0;
+  __device__ __forceinline__ void next() {
+    if (++at == N) at = 0, parity ^= 1;
+  }
+};
+
 }  // namespace stof

@@ -63,15 +63,6 @@ struct Shared {
   uint64_t query_full[C::kQueries], query_empty[C::kQueries];
 };
 
-// A position in a ring of N buffers and the parity of its barriers' phase.
-template <int N>
-struct Ring {
-  int at = 0, parity = 0;
-  __device__ __forceinline__ void next() {
-    if (++at == N) at = 0, parity ^= 1;
-  }
-};
-
 template <typename T, int D, bool Valid>
 __device__ void produce(const Maps& maps, const Arguments& a, Shared<T, D>& s, Item next) {
   using C = Config<D>;
@@ -420,12 +411,7 @@ __device__ void consume(const Maps& maps, const Arguments& a, Shared<T, D>& s) {
       if (tile >= 0) {
         // The warp's own query rows are no longer needed: its results take their place.
         const int first = thread / 32 * 16;
-#pragma unroll
-        for (int j = 0; j < D / 16; ++j) {
-          const float* x = o + 8 * j;
-          store_matrices(&s.query[q.at][half][j / 4][first + lane % 16][((j % 4 * 2 + lane / 16) ^ (lane % 8)) * 8],
-                         pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
-        }
+        write_rows<T>(s.query[q.at][half], first, o);
         fence_async_proxy();
         __syncwarp();
         if (lane == 0) {

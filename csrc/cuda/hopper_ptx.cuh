@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "barrier.cuh"
+#include "fragments.cuh"
 #include "maps.cuh"
 
 namespace stof {
@@ -86,6 +87,19 @@ __device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b
                : "memory");
 }
 
+// A warp's 16 rows of accumulators, `first` on, into chunks of 64 columns as the copy engine stores them.
+template <typename T, int N, int Chunks>
+__device__ __forceinline__ void write_rows(T (&to)[Chunks][64][64], int first, const float (&x)[N]) {
+  static_assert(N == 32 * Chunks);
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+    const float* y = x + 8 * j;
+    store_matrices(&to[j / 4][first + lane % 16][((j % 4 * 2 + lane / 16) ^ (lane % 8)) * 8], pack<T>(y[0], y[1]),
+                   pack<T>(y[2], y[3]), pack<T>(y[4], y[5]), pack<T>(y[6], y[7]));
+  }
+}
+
 #define STOF_ACC8(d, i)                                                                              \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),        \
       "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -100,19 +114,27 @@ __device__ __forceinline__ void store_matrices(void* row, uint32_t a, uint32_t b
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "     \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// d[64 x 64] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous.
-template <typename T>
-__device__ __forceinline__ void product_ss(float (&d)[32], uint64_t a, uint64_t b, bool add) {
-#define STOF_SS(type)                                                                                \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                          \
-               "wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" STOF_LIST32          \
-               "}, %32, %33, p, 1, 1, 0, 0;\n}\n"                                                    \
-               : STOF_ACC32(d, 0)                                                                    \
+// d[64 x 2 M] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous.
+template <typename T, int M>
+__device__ __forceinline__ void product_ss(float (&d)[M], uint64_t a, uint64_t b, bool add) {
+#define STOF_SS(n, type, list, ia, ib, iadd, ...)                                                    \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " iadd ", 0;\n"                                     \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list              \
+               "}, " ia ", " ib ", p, 1, 1, 0, 0;\n}\n"                                              \
+               : __VA_ARGS__                                                                         \
                : "l"(a), "l"(b), "r"((int)add))
-  if constexpr (std::is_same_v<T, __half>)
-    STOF_SS("f16");
-  else
-    STOF_SS("bf16");
+#define STOF_SS_OF(type)                                                                             \
+  if constexpr (M == 32)                                                                             \
+    STOF_SS("64", type, STOF_LIST32, "%32", "%33", "%34", STOF_ACC32(d, 0));                         \
+  else                                                                                               \
+    STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", STOF_ACC32(d, 0), STOF_ACC32(d, 32));
+  static_assert(M == 32 || M == 64);
+  if constexpr (std::is_same_v<T, __half>) {
+    STOF_SS_OF("f16");
+  } else {
+    STOF_SS_OF("bf16");
+  }
+#undef STOF_SS_OF
 #undef STOF_SS
 }
 

@@ -96,6 +96,10 @@ struct Problem {
   Mask mask;
   int64_t splits;  // blocks that divide the keys of a row, where there is no plan
   int64_t with_lse;
+  // Where there is neither plan nor mask, query i sees the keys i + offset - left .. i + offset + right.
+  int64_t offset, left, right;
+  int64_t rows;      // of a block
+  int64_t together;  // heads whose blocks should run at a time: their keys and values stay in L2
 };
 
 }  // namespace stof

@@ -60,7 +60,10 @@ class Problem(ctypes.Structure):
         ("plan", _Plan),
         ("mask", _Mask),
         ("splits", ctypes.c_int64),
-        ("with_lse", ctypes.c_int64),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("with_lse", "offset", "left", "right", "rows", "together")
+        ),
     ]  # fmt: skip
 
     def describe(

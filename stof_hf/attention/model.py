@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ..masks.sparse_mask import SparseMask
 from .granules import work_of
 from .plan import run_share
@@ -53,7 +55,7 @@ KERNELS = {
     ("triton", False): Kernel(2.36, 1.68, 2.00, 0.67, 4),
     ("triton", True): Kernel(2.64, 1.14, 3.57, 0.30, 2),
     ("runs", False): Kernel(1.00, 0.99, 3.20, 0.62, 3),
-    ("runs", True): Kernel(1.00, 1.06, 0.50, 3.45, 2),
+    ("runs", True): Kernel(1.00, 1.05, 5.20, 0.62, 2),
 }
 # Two heads a block were measured with a head size of 128 only; with 64 a block does what one of two
 # row tiles does.
@@ -93,8 +95,55 @@ def launch_us(
     return kernel.start + max(full, chain, *bounds) + _UNEVEN * min(full, chain) + merge
 
 
+#: Of the band kernel, by whether the head size is above 64 and the rows of an item: what a launch,
+#: an item, and a step of 128 keys take, in us.
+BAND = {
+    (False, 192): (1.9, 1.40, 1.59),
+    (False, 128): (2.0, 1.05, 1.29),
+    (True, 128): (1.9, 2.6, 1.68),
+}
+_BAND_STEP = 128
+#: The part of a step's time that it takes where no warpgroup computes, and what it takes besides,
+#: in us, where not all of its rows see all of its keys.
+_BAND_PASSED, _BAND_CUT = 0.3, 0.25
+
+
+def band_us(
+    rows: int, copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int,
+    together: int, dim: int, processors: int,
+) -> float:  # fmt: skip
+    """Predicted time of csrc/cuda/band.cu in us: what the busiest block takes of the items, which
+    are dealt out in turns of alternating direction.
+
+    Args:
+        rows: query rows of an item.
+        band: keys that a query sees before and behind its own position.
+        offset: of the first query against the first key.
+        together: heads whose items follow each other, the longest first.
+    """
+    start, item, step = BAND[dim > 64, rows]
+    tile = np.arange(-(-q_len // rows))[:, None]
+    first = -(-q_len // 64) * 64 - (tile + 1) * rows + np.arange(0, rows, 64)
+    last = np.minimum(first + 64, q_len) - 1
+    begin = np.maximum(0, np.maximum(0, first) + offset - band[0]) // _BAND_STEP
+    end = -(-np.clip(last + offset + band[1] + 1, 0, kv_len) // _BAND_STEP)
+    own = np.where(last < 0, 0, np.maximum(0, end - begin))
+    whole_begin = -(-np.maximum(0, last + offset - band[0]) // _BAND_STEP)
+    whole_end = np.clip(first + offset + band[1] + 1, 0, kv_len) // _BAND_STEP
+    cut = np.where(last < 0, 0, own - np.maximum(0, whole_end - whole_begin))
+    passed = np.maximum(0, end.max(1) - begin.min(1))
+    shares = _BAND_PASSED * passed + (1 - _BAND_PASSED) * own.mean(1)
+    times = item + step * shares + _BAND_CUT * cut.mean(1)
+    sections = [together] * (copies // together) + [copies % together]
+    dealt = np.concatenate([np.repeat(times, heads) for heads in sections])
+    dealt = np.pad(dealt, (0, -len(dealt) % processors)).reshape(-1, processors)
+    dealt[1::2] = dealt[1::2, ::-1]
+    return start + float(dealt.sum(0).max())
+
+
 def cudnn_us(copies: int, q_len: int, kv_len: int, dim: int, processors: int) -> float:
-    """Predicted time of cuDNN's attention without a mask: blocks of 128 queries, one to a
-    multiprocessor, in steps of 128 keys; fitted to an H200."""
+    """Predicted time of cuDNN's attention without a mask in us: blocks of 128 queries, one to a
+    multiprocessor, in steps of 128 keys; fitted to an H200, whose clocks sink in long launches."""
     waves = math.ceil(copies * math.ceil(q_len / 128) / processors)
-    return 5.0 + waves * math.ceil(kv_len / 128) * (0.55 + 0.0094 * dim)
+    us = 3.5 + waves * (1.22 + math.ceil(kv_len / 128) * (0.592 + 0.0085 * dim))
+    return us * (1 + 0.065 * min(us / 800, 1))

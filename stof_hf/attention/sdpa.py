@@ -8,7 +8,7 @@ import torch
 
 from ..masks.patterns import Causal
 from ..masks.sparse_mask import SparseMask
-from . import calls, select
+from . import calls, cuda_band, select
 from .cuda_problem import aligned
 
 _CAUSAL = Causal()
@@ -32,9 +32,16 @@ def prepare(
         and aligned(q, k, v)
         and torch.backends.cuda.cudnn_sdp_enabled()
         and torch.cuda.get_device_capability(q.device)[0] >= 9
-        and select.cudnn_is_ahead(q, k, mask, causal)
+        and select.cudnn_is_ahead(q, k, mask, causal, _band(q, k, v, mask, scale))
     )  # fmt: skip
     return CudnnCall(scale, causal, with_lse) if dense else None
+
+
+def _band(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, scale: float
+) -> tuple[int, int] | None:
+    computes = cuda_band.computes(q, k, v, mask, None, scale, 0.0)
+    return cuda_band.band_of(mask.pattern) if computes else None
 
 
 class CudnnCall:

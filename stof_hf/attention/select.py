@@ -14,7 +14,7 @@ from ..kernels.cuda_kernels import FAMILIES
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
-from .model import cudnn_us, launch_us
+from .model import BAND, band_us, cudnn_us, launch_us
 from .plan import longest_row
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
@@ -70,9 +70,13 @@ _CALLS = {
 
 
 def _prepare_native(*call: Any) -> Any:
-    from . import cuda, sdpa
+    from . import cuda, cuda_band, sdpa
 
-    return sdpa.prepare(*call) or _prepare_cuda(cuda.prepare, *call)
+    return (
+        sdpa.prepare(*call)
+        or _prepare_cuda(cuda_band.prepare, *call)
+        or _prepare_cuda(cuda.prepare, *call)
+    )
 
 
 def _prepare_decode(*call: Any) -> Any:
@@ -205,16 +209,56 @@ def block_kernel(
     return "sm80" if "sm80" in families and _capability(q.device)[0] != 9 else None
 
 
-def cudnn_is_ahead(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, causal: bool) -> bool:
+def band_together(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Heads whose blocks the band kernel runs at a time: their keys and values stay in L2."""
+    batch, heads = q.shape[:2]
+    per_head = 2 * k.shape[1] * k.shape[2] * k.shape[3] * k.itemsize // heads
+    return max(1, min(batch * heads, (24 << 20) // per_head))
+
+
+def band_rows(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]) -> int:
+    """Query rows of a block of the band kernel, such that a call takes the least time."""
+    large = q.shape[3] > 64
+    choices = [rows for of_large, rows in BAND if of_large == large]
+    return min(choices, key=lambda rows: _band_us(rows, q, k, mask, band))
+
+
+def band_is_ahead(
+    q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]
+) -> bool:
+    """Whether the band kernel computes a call in less time than those that read a mask."""
+    others = min(_predicted(name, q, mask) for name in ("triton", *_layouts(q, k, mask)))
+    return _band_us(band_rows(q, k, mask, band), q, k, mask, band) < others
+
+
+def _band_us(
+    rows: int, q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]
+) -> float:
+    batch, heads, q_len, dim = q.shape
+    offset, processors = mask.q_offset - mask.kv_offset, multiprocessors(q.device)
+    rest = band_together(q, k), dim, processors
+    return band_us(rows, batch * heads, q_len, k.shape[2], band, offset, *rest)
+
+
+def cudnn_is_ahead(
+    q: torch.Tensor, k: torch.Tensor, mask: SparseMask, causal: bool,
+    band: tuple[int, int] | None = None,
+) -> bool:  # fmt: skip
     """Whether cuDNN computes a causal mask, or none, in less time than the kernels of this package.
 
     Causal launches of about 0.8 ms and more draw all the power that the GPU may take, of which
-    cuDNN makes more.
+    cuDNN makes more than a kernel that reads a mask.
+
+    Args:
+        band: of the mask, where the band kernel computes such calls.
     """
     batch, heads, q_len, dim = q.shape
+    band = None if _failures else band
     if causal:
-        return batch * heads * q_len * k.shape[2] * dim / 64 >= 2.4e9
+        return band is None and batch * heads * q_len * k.shape[2] * dim / 64 >= 2.4e9
     theirs = cudnn_us(batch * heads, q_len, k.shape[2], dim, multiprocessors(q.device))
+    if band and _band_us(band_rows(q, k, mask, band), q, k, mask, band) < theirs:
+        return False
     ours = ("triton", *_LAYOUTS) if dim in FAMILIES["hopper"].head_dims else ("triton",)
     try:
         return theirs < min(_predicted(name, q, mask) for name in ours)
@@ -223,10 +267,13 @@ def cudnn_is_ahead(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, causal: b
         return True
 
 
-def _cuda_layout(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> str:
+def _layouts(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> list[str]:
     shares_keys = q.shape[1] // k.shape[1] % 2 == 0 and mask.pattern_id.shape[1] == 1
-    names = [name for name in _LAYOUTS if name != "heads" or shares_keys]
-    return min(names, key=lambda name: _predicted(name, q, mask))
+    return [name for name in _LAYOUTS if name != "heads" or shares_keys]
+
+
+def _cuda_layout(q: torch.Tensor, k: torch.Tensor, mask: SparseMask) -> str:
+    return min(_layouts(q, k, mask), key=lambda name: _predicted(name, q, mask))
 
 
 def _predicted(name: str, q: torch.Tensor, mask: SparseMask) -> float:
@@ -249,6 +296,8 @@ def row_config(q: torch.Tensor, k: torch.Tensor, dim: int) -> RowConfig:
     exact, roomy = q.dtype == torch.float32, has_much_shared_memory(q.device)
     take = max(1, min(q_len, (32 if exact and dim > 128 else 64) // group))
     rows = max(16, 1 << (take * group - 1).bit_length())
+    # The rows that there is room for anyway: calls of 2 to 16 queries share compiled kernels.
+    take = 1 if q_len == 1 else rows // group
     large = dim > 128 or (exact and dim > 64)
     keys = 32 if large and not (roomy and not exact) else 64
     stages = 3 if not large else 2 if roomy else 1

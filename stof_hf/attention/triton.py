@@ -66,8 +66,8 @@ def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
 class _Kernel:
     """A kernel launch with everything fixed but the tensors that come first among its arguments.
 
-    Triton specialises on whether pointers are multiples of 16: the compiled kernel is reused only
-    for tensors that are, as those of its first launch were.
+    Triton specialises on whether most pointers are multiples of 16: the compiled kernel is reused
+    only for tensors that are, as those of its first launch were.
     """
 
     def __init__(
@@ -87,7 +87,6 @@ class _Kernel:
         # Numbers among the starts are part of what the call was prepared for.
         for start in starts:
             pointers.append(start if isinstance(start, int) else start.data_ptr())
-            union |= 0 if isinstance(start, int) else pointers[-1]
         if self.compiled is not None and union % 16 == 0:
             self.compiled[self.grid](*pointers, *self.fixed)
             return
@@ -124,6 +123,11 @@ class _Common:
         )
         self.qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         self.bias_strides = (0, 0, 0, 0) if bias is None else _strides(bias, 4)
+        self.whole = self.kv_len % TILE == 0
+        # Rows of a bias begin at multiples of 16 elements, and its keys lie side by side.
+        self.bias_aligned = self.bias_strides[3] == 1 and all(
+            n % 16 == 0 for n in (*self.bias_strides[:3], self.kv_len)
+        )
         self.mask_strides = (*strides, valid_stride)
 
     def outputs(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,14 +186,15 @@ class _BlockCall(_Common):
         simple = scale > 0 and softcap == 0 and bias is None
         has_valid, has_sinks = mask.kv_valid is not None, sinks is not None
         numbers = (
-            *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, copies,
-            self.q_len, self.kv_len, n_items, plan.slots, float(scale), float(softcap),
+            *self.qkv_strides, *self.bias_strides, *self.mask_strides,
+            self.heads // self.kv_heads, self.heads, copies, self.q_len,
+            self.kv_len, n_items, plan.slots, float(scale), float(softcap),
         )  # fmt: skip
         constants = (
-            self.heads // self.kv_heads, self.dim, self.v_dim, self.bd, self.bdv, plan.rows,
-            config.unit,
-            self.split, len(mask.row_ptr) > 1, has_valid, softcap > 0,
-            bias is not None, has_sinks, with_lse, simple, config.stages, INTERPRETED,
+            self.dim, self.v_dim, self.bd, self.bdv, plan.rows, config.unit, self.split,
+            len(mask.row_ptr) > 1, self.whole, has_valid, softcap > 0,
+            bias is not None, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
+            INTERPRETED,
         )  # fmt: skip
         self.main = _Kernel(
             kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
@@ -249,7 +254,8 @@ class _RowCall(_Common):
         self.take, self.splits = config.take, config.splits
         self.takes = triton.cdiv(self.q_len, self.take)
         starts = [isinstance(s, torch.Tensor) for s in (mask.row_start, mask.col_start)]
-        has_sinks = sinks is not None
+        begins = starts[1] or mask.col_start != 0
+        has_sinks, split = sinks is not None, self.splits > 1
         numbers = (
             *self.qkv_strides, *self.bias_strides, *self.mask_strides, self.heads, self.q_len,
             self.kv_len, tile_rows, tile_cols, config.keys_per_split, self.splits, float(scale),
@@ -257,9 +263,10 @@ class _RowCall(_Common):
         )  # fmt: skip
         constants = (
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
-            max(16, triton.next_power_of_2(self.take * group)), config.keys, self.splits > 1,
-            masked, listed, patterns > 1, *starts, mask.kv_valid is not None, softcap > 0,
-            bias is not None, has_sinks, with_lse, config.stages, INTERPRETED,
+            max(16, triton.next_power_of_2(self.take * group)), config.keys, split, masked,
+            listed, masked and patterns > 1, *starts, masked and begins,
+            self.whole, mask.kv_valid is not None, softcap > 0, bias is not None, self.bias_aligned,
+            has_sinks and not split, with_lse and not split, config.stages, INTERPRETED,
         )  # fmt: skip
         grid = (self.batch * self.kv_heads, self.takes * self.splits)
         self.main = _Kernel(

@@ -3,6 +3,10 @@
 All compute softmax in base 2 with fp32 accumulation. A mask arrives as the plan of `plan.py`; a row
 word is read as two 32-bit halves, since GPUs shift 32-bit registers. Rows without keys keep a
 maximum of minus infinity, which is replaced by 0 wherever it is subtracted.
+
+Triton compiles a kernel again wherever an integer becomes 1 or is no longer a multiple of 16, or a
+pointer is not. Only the strides and pointers of what is loaded in vectors are left to it: lengths,
+counts and batches may change without another compilation.
 """
 
 import triton
@@ -10,6 +14,17 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+
+#: Arguments of any kernel here whose value decides no load's width.
+_PLAIN = (
+    "lse_ptr", "part_ml_ptr", "valid_ptr", "sinks_ptr", "row_start", "col_start", "table_ptr",
+    "items_ptr", "steps_ptr", "merges_ptr", "words_ptr", "pattern_ptr", "bias_b", "bias_h",
+    "bias_m", "pattern_b", "pattern_h", "valid_b", "group", "heads", "copies", "q_len", "kv_len",
+    "tile_rows", "tile_cols", "n_items", "n_merges", "slots", "splits",
+)  # fmt: skip
+#: Whether these are 1 does.
+_ONE = ("bias_n", "take")
+_jit = triton.jit(do_not_specialize=_PLAIN, do_not_specialize_on_alignment=_ONE)
 
 
 @triton.jit
@@ -95,29 +110,30 @@ def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
     return tl.where((word & column_bit) != 0, s, float("-inf"))
 
 
-@triton.jit
+@_jit
 def block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
     valid_ptr, bias_ptr, sinks_ptr, items_ptr, steps_ptr, words_ptr, pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
-    pattern_b, pattern_h, valid_b, heads, copies, q_len, kv_len, n_items, slots,
+    pattern_b, pattern_h, valid_b, group, heads, copies, q_len, kv_len, n_items, slots,
     scale, softcap,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
-    VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr,
-    LSE: tl.constexpr, SIMPLE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    WHOLE: tl.constexpr, VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
+    BIAS_ALIGNED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, SIMPLE: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
     The grid is (heads of a group, items, groups): a group's keys stay in L2, and its items start
-    heaviest first.
+    heaviest first. With WHOLE, kv_len is a multiple of 64.
     """
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     if bh >= copies:
         return
     b = bh // heads
     h = bh % heads
-    hk = h // GROUP
+    hk = h // group
     entry = items_ptr + tl.program_id(1) * 6
     if PATTERNS:
         pattern = tl.load(pattern_ptr + b * pattern_b + h * pattern_h)
@@ -140,6 +156,10 @@ def block_kernel(
     q_ptr += b64 * q_b + h64 * q_h
     k_ptr += b64 * k_b + hk64 * k_h
     v_ptr += b64 * v_b + hk64 * v_h
+    if BIAS_ALIGNED:
+        # Multiples already: now Triton knows.
+        bias_b, bias_h = bias_b // 16 * 16, bias_h // 16 * 16
+        bias_m, kv_len = bias_m // 16 * 16, kv_len // 16 * 16
     if BIAS:
         bias_ptr += b64 * bias_b + h64 * bias_h
     if VALID:
@@ -190,7 +210,7 @@ def block_kernel(
     column_bit = (tl.full([64], 1, tl.int32) << (lane & 31))[None, :]
     for i in tl.range(0, n_part, num_stages=STAGES):
         first_key = tile.to(tl.int64) * 64
-        keys_in = lane < kv_len - tile * 64
+        keys_in = tl.full([64], True, tl.int1) if WHOLE else lane < kv_len - tile * 64
         k_mask = keys_in[None, :] & d_in[:, None]
         k = tl.load(k_ptr + first_key * k_s + k_offs, mask=k_mask, other=0.0)
         s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
@@ -229,7 +249,7 @@ def block_kernel(
         tl.store(lse_ptr + bh.to(tl.int64) * q_len + offs_m, lse, mask=rows_in)
 
 
-@triton.jit
+@_jit
 def merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, merges_ptr, pattern_ptr,
     pattern_b, pattern_h, heads, q_len, n_merges, slots,
@@ -306,7 +326,7 @@ def _row_scores(s, bias_rows, bias_offs, seen, scale, softcap,
     return tl.where(seen, s * LOG2E, float("-inf"))
 
 
-@triton.jit
+@_jit
 def row_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
     valid_ptr, bias_ptr, sinks_ptr, row_start, col_start, table_ptr, steps_ptr, words_ptr,
@@ -317,16 +337,17 @@ def row_kernel(
     GROUP: tl.constexpr, TAKE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr,
     BDV: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, SPLIT: tl.constexpr,
     MASK: tl.constexpr, LISTED: tl.constexpr, PATTERNS: tl.constexpr,
-    ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr, VALID: tl.constexpr,
-    SOFTCAP: tl.constexpr, BIAS: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROW_TENSOR: tl.constexpr, COL_TENSOR: tl.constexpr, COL: tl.constexpr, WHOLE: tl.constexpr,
+    VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr, BIAS_ALIGNED: tl.constexpr,
+    SINKS: tl.constexpr, LSE: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """TAKE query rows of all GROUP heads that share a key head, against one share of their keys.
 
     With LISTED there is a single row, and table_ptr says where the tiles that it holds begin in
     steps_ptr and how many they are: the splits share those. Else the tile of each element is looked
     up in the tile table, each split takes a range of keys, and keys that no row may see are not
-    loaded. The view may begin at any row and column.
+    loaded. The view may begin at any row and column; without COL at column 0.
+    With WHOLE, kv_len is a multiple of 64.
     """
     part_id = tl.program_id(1)
     kv_heads = heads // GROUP
@@ -353,8 +374,13 @@ def row_kernel(
     v_ptr += b64 * v_b + hk64 * v_h
     if MASK:
         # Plain numbers may be constants of 32 bits.
-        col = tl.zeros([], tl.int64) + (tl.load(col_start) if COL_TENSOR else col_start)
+        col = tl.zeros([], tl.int64)
+        if COL:
+            col += tl.load(col_start) if COL_TENSOR else col_start
         first_row = tl.zeros([], tl.int64) + (tl.load(row_start) if ROW_TENSOR else row_start)
+    if BIAS_ALIGNED:
+        bias_b, bias_h = bias_b // 16 * 16, bias_h // 16 * 16
+        bias_m, kv_len = bias_m // 16 * 16, kv_len // 16 * 16
     bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
@@ -399,7 +425,7 @@ def row_kernel(
         row_word = (row & 63) * 2
     for start in tl.range(begin, end, BN, num_stages=STAGES):
         n = start + tl.arange(0, BN)
-        keys_in = n < end
+        keys_in = tl.full([BN], True, tl.int1) if WHOLE else n < end
         seen = rows_in[:, None] & keys_in[None, :]
         if VALID:
             w = tl.load(valid_ptr + b * valid_b + (n >> 5), mask=keys_in, other=0)
@@ -451,10 +477,10 @@ def row_kernel(
             tl.store(lse_ptr + (b64 * heads + h) * q_len + offs_m, lse, mask=rows_in)
 
 
-@triton.jit
+@_jit
 def row_merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_ml_ptr, sinks_ptr, heads, q_len, splits,
-    TAKE: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, SINKS: tl.constexpr,
+    take, DV: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, SINKS: tl.constexpr,
     LSE: tl.constexpr,
 ):  # fmt: skip
     """Combine the splits of one query row, all at once (a fixed tree of additions)."""
@@ -465,10 +491,10 @@ def row_merge_kernel(
     offs_s = tl.arange(0, BS)
     offs_dv = tl.arange(0, BDV)
     inside = offs_s < splits
-    at = (bh * tl.cdiv(q_len, TAKE) + i // TAKE) * splits + offs_s
-    ml = part_ml_ptr + at * 2 * TAKE + i % TAKE
+    at = (bh * tl.cdiv(q_len, take) + i // take) * splits + offs_s
+    ml = part_ml_ptr + at * 2 * take + i % take
     m = tl.load(ml, mask=inside, other=float("-inf"))
-    l = tl.load(ml + TAKE, mask=inside, other=0.0)
+    l = tl.load(ml + take, mask=inside, other=0.0)
     top = tl.max(m, 0)
     if SINKS:
         sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
@@ -478,7 +504,7 @@ def row_merge_kernel(
     total = tl.sum(l * weight, 0)
     if SINKS:
         total += tl.exp2(sink - base)
-    rows = part_ptr + (at * TAKE + i % TAKE)[:, None] * BDV + offs_dv[None, :]
+    rows = part_ptr + (at * take + i % take)[:, None] * BDV + offs_dv[None, :]
     o = tl.sum(tl.load(rows, mask=inside[:, None], other=0.0) * weight[:, None], 0)
     o = o / tl.where(total > 0, total, 1.0)
     tl.store(out_ptr + ((b * q_len + i) * heads + h) * DV + offs_dv, o.to(out_ptr.dtype.element_ty),

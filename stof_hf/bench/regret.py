@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..attention import calls, cuda, sdpa, select, triton
+from ..attention import calls, cuda, cuda_band, sdpa, select, triton
 from . import timing
 from .attention import cells
 from .contestants import CONTESTANTS, Cell, Problem
@@ -39,6 +39,10 @@ def configurations(problem: Problem, mask: Any) -> Iterator[tuple[str, Callable[
         config = replace(chosen, layout=layout, two_heads=two_heads)
         call = cuda.BlockCall(family, q, k, v, mask, None, None, scale, 0.0, config)
         yield name, lambda call=call: call(q, k, v, mask, None, None)
+    if cuda_band.computes(q, k, v, mask, None, scale, 0.0):
+        for rows in (128, 192) if problem.cell.head_dim == 64 else (128,):
+            band = cuda_band.BandCall(q, k, v, mask, None, scale, False, rows)
+            yield f"band {rows}", lambda band=band: band(q, k, v, mask, None, None)
     options = {"bias": None, "sinks": None, "scale": scale, "softcap": 0.0}
     if problem.cell.mask in ("causal", "full"):
         cudnn = sdpa.CudnnCall(scale, problem.cell.mask == "causal", False)

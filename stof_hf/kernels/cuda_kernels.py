@@ -32,6 +32,7 @@ class Family:
 
 FAMILIES: dict[str, Family] = {
     "hopper": Family(("hopper.cu",), ("sm_90a",), (64, 128)),
+    "band": Family(("band.cu",), ("sm_90a",), (64, 128)),
     "tiles": Family(
         ("tiles.cu",), ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"), (None,), (None,)
     ),

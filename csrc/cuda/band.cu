@@ -1,0 +1,412 @@
+// Attention to a band of keys for Hopper (sm_90a): no mask, a causal one, or a window; head sizes 64
+// and 128, fp16 and bf16.
+//
+// Tiling: a block has two consumer warpgroups, or three where the head size is 64, of 64 consecutive
+// query rows of one head each, and a producer warp. A step is kKeys keys, one box of the copy engine per 64 columns. What a block
+// streams follows from its rows alone, so there is no plan.
+// Pipeline: blocks are persistent. The producer runs ahead, over item borders, through rings of keys
+// and values that are released apart, and two buffers for queries. A consumer issues the scores of a
+// step, then the weighted values of the step before, and computes the softmax while the tensor cores
+// do the latter. Steps go from the last keys to the first: of a causal mask the diagonal comes first.
+// Rows: tiles end at the last 64 rows. Of a causal mask the tile that has fewer rows than the others
+// sees the fewest keys then.
+// Order: the longest items first within heads that L2 holds together; every other round of blocks is
+// reversed, so that who had the longest item takes the shortest next.
+// Limits: rows aligned to 16 bytes; lengths below 2^29; value head size equal to head size.
+#include <cuda_runtime.h>
+
+#include "fragments.cuh"
+#include "hopper_ptx.cuh"
+#include "items.cuh"
+#include "launch.cuh"
+#include "maps.cuh"
+
+namespace stof {
+namespace {
+
+template <int D, int Groups>
+struct Config {
+  static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
+  static constexpr int kGroups = Groups;
+  static constexpr int kKeys = 128;
+  static constexpr int kStages = D == 64 ? 4 : 2;
+  static constexpr int kQueries = 2;  // buffers, handed back an item later
+  static constexpr bool kTurns = kGroups == 3;
+  static constexpr int kRows = 64 * kGroups;
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  // Registers are handed from the producer's warpgroup to the consumers.
+  static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24, kConsumerRegisters = kGroups == 3 ? 160 : 240;
+};
+
+template <typename T, int D, int Groups>
+struct Shared {
+  using C = Config<D, Groups>;
+  alignas(1024) T query[C::kQueries][C::kGroups][C::kChunks][64][64];
+  alignas(1024) T key[C::kStages][C::kChunks][C::kKeys][64];
+  alignas(1024) T value[C::kStages][C::kChunks][C::kKeys][64];
+  uint64_t key_full[C::kStages], key_empty[C::kStages], value_full[C::kStages], value_empty[C::kStages];
+  uint64_t query_full[C::kQueries], query_empty[C::kQueries];
+};
+
+struct Maps {
+  CUtensorMap query, key, value, out;
+};
+
+struct Band {
+  const float* sinks;
+  float* lse;
+  Divisor section, together, last_together, heads, group;
+  int n_items, n_sections, tiles, n_heads, q_len, kv_len;
+  int lower, upper;  // query i sees keys i + lower .. i + upper
+  float scale;       // of the scores, whose exponentials are to base 2
+};
+
+// A tile of query rows of a head, from `row` on: a multiple of 64, which may be negative.
+struct Tile {
+  int row, batch, head;
+};
+
+template <int Rows>
+__device__ __forceinline__ Tile locate(const Band& a, int item) {
+  const int section = a.section.divide(item);
+  item -= section * a.section.by;
+  const bool last = section == a.n_sections - 1;
+  const int row = last ? a.last_together.divide(item) : a.together.divide(item);
+  const int copy = section * a.together.by + item - row * (last ? a.last_together.by : a.together.by);
+  Tile t;
+  t.row = (a.q_len + 63) / 64 * 64 - (row + 1) * Rows;
+  t.batch = a.heads.divide(copy);
+  t.head = copy - t.batch * a.n_heads;
+  return t;
+}
+
+// Steps [first, end) hold all keys that rows row .. row + n - 1 see.
+struct Range {
+  int first, end;
+};
+
+template <int Keys>
+__device__ __forceinline__ Range steps_of(const Band& a, int row, int n) {
+  const int last = min(row + n, a.q_len) - 1;
+  Range range;
+  range.first = max(0, max(0, row) + a.lower) / Keys;
+  range.end = max(range.first, (max(0, min(a.kv_len, last + a.upper + 1)) + Keys - 1) / Keys);
+  if (last < 0) range.end = range.first;
+  return range;
+}
+
+// Round r of the blocks takes items r * grid on, every other round in reverse.
+__device__ __forceinline__ int item_of(int round) {
+  const int block = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+  return round * gridDim.x + block;
+}
+
+template <typename T, int D, int Groups>
+__device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
+  using C = Config<D, Groups>;
+  constexpr int kStepBytes = C::kKeys * D * (int)sizeof(T), kGroupBytes = 64 * D * (int)sizeof(T);
+  Ring<C::kStages> keys, values;
+  Ring<C::kQueries> q;
+  cudaGridDependencySynchronize();
+  for (int round = 0;; ++round) {
+    const int item = item_of(round);
+    if (round * (int)gridDim.x >= a.n_items) return;
+    if (item >= a.n_items) continue;
+    const Tile t = locate<C::kRows>(a, item);
+    const int row = t.row, kv_head = a.group.divide(t.head), passed = max(0, -row / 64);
+    barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
+    barrier_expect(&s.query_full[q.at], (C::kGroups - passed) * kGroupBytes);
+    for (int g = passed; g < C::kGroups; ++g)
+#pragma unroll
+      for (int c = 0; c < C::kChunks; ++c)
+        load_box(s.query[q.at][g][c], &maps.query, &s.query_full[q.at], 64 * c, row + 64 * g, t.head, t.batch);
+    q.next();
+    const Range range = steps_of<C::kKeys>(a, row, C::kRows);
+    // The values of a step follow the keys of the next, in the order in which they are needed.
+    for (int j = range.end - 1; j >= range.first - 1; --j) {
+      if (j >= range.first) {
+        barrier_wait(&s.key_empty[keys.at], keys.parity ^ 1);
+        barrier_expect(&s.key_full[keys.at], kStepBytes);
+#pragma unroll
+        for (int c = 0; c < C::kChunks; ++c)
+          load_box(s.key[keys.at][c], &maps.key, &s.key_full[keys.at], 64 * c, j * C::kKeys, kv_head, t.batch);
+        keys.next();
+      }
+      if (j + 1 < range.end) {
+        barrier_wait(&s.value_empty[values.at], values.parity ^ 1);
+        barrier_expect(&s.value_full[values.at], kStepBytes);
+#pragma unroll
+        for (int c = 0; c < C::kChunks; ++c)
+          load_box(s.value[values.at][c], &maps.value, &s.value_full[values.at], 64 * c, (j + 1) * C::kKeys, kv_head,
+                   t.batch);
+        values.next();
+      }
+    }
+  }
+}
+
+template <typename T, int D, int Groups>
+__device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
+  using C = Config<D, Groups>;
+  constexpr int kChunkBytes = C::kKeys * 64 * (int)sizeof(T), kQueryChunkBytes = 64 * 64 * (int)sizeof(T);
+  const int group = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
+  const int own_row = thread / 32 * 16 + lane / 4;
+  const float scale = a.scale, slack = kSlack / scale;
+  Ring<C::kStages> keys, values;
+  Ring<C::kQueries> q;
+  auto release = [&](uint64_t* barrier) {
+    __syncwarp();
+    if (lane == 0) barrier_arrive(barrier);
+  };
+
+  // Three groups take turns at issuing products, so that one's softmax runs while the tensor cores work
+  // for another. Group 0 begins. Two groups do so by themselves.
+  constexpr int kTurn = 1;
+  const int turn = kTurn + group, next_turn = kTurn + (group + 1 == C::kGroups ? 0 : group + 1);
+  if (C::kTurns && group == C::kGroups - 1) named_barrier_arrive(kTurn, 256);
+
+  // The buffer of queries that the last results are stored from: it is handed back beside products.
+  int stored = -1;
+  auto hand_back = [&]() {
+    if (stored >= 0 && lane == 0) {
+      wait_boxes_read();
+      barrier_arrive(&s.query_empty[stored]);
+    }
+    __syncwarp();
+    stored = -1;
+  };
+
+  for (int round = 0; round * (int)gridDim.x < a.n_items; ++round) {
+    const int item = item_of(round);
+    if (item >= a.n_items) continue;
+    const Tile t = locate<C::kRows>(a, item);
+    const int block_row = t.row, first_row = block_row + 64 * group;
+    const Range all = steps_of<C::kKeys>(a, block_row, C::kRows), own = steps_of<C::kKeys>(a, first_row, 64);
+    // Steps that every group computes, and none as its first.
+    const Range least = steps_of<C::kKeys>(a, block_row, 64),
+                most = steps_of<C::kKeys>(a, block_row + 64 * (C::kGroups - 1), 64);
+    const bool turned = least.end > least.first && most.end > most.first;
+    const int turns_end = uniform(turned ? least.end - 1 : 0), turns_first = uniform(most.first);
+    // Steps [full_first, full_end) are seen by all rows of the group.
+    const int full_end = uniform(max(0, min(a.kv_len, first_row + a.upper + 1)) / C::kKeys);
+    const int full_first = uniform((max(0, first_row + 63 + a.lower) + C::kKeys - 1) / C::kKeys);
+    const int own_first = uniform(own.first), own_end = uniform(own.end);
+    const int row[2] = {first_row + own_row, first_row + own_row + 8};
+
+    barrier_wait(&s.query_full[q.at], q.parity);
+    const uint64_t queries = tile_descriptor(s.query[q.at][group], 0);
+    auto skip = [&](int n) {
+      for (; n > 0; --n) {
+        barrier_wait(&s.key_full[keys.at], keys.parity);
+        release(&s.key_empty[keys.at]);
+        keys.next();
+        barrier_wait(&s.value_full[values.at], values.parity);
+        release(&s.value_empty[values.at]);
+        values.next();
+      }
+    };
+    float scores[C::kKeys / 2], o[D / 2];
+    uint32_t weights[C::kKeys / 4];
+    auto issue_scores = [&]() {
+      const uint64_t tile = tile_descriptor(s.key[keys.at], 0);
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i)
+        product_ss<T>(scores, queries + ((i / 4 * kQueryChunkBytes + i % 4 * 32) >> 4),
+                      tile + ((i / 4 * kChunkBytes + i % 4 * 32) >> 4), i > 0);
+      wgmma_commit();
+    };
+    auto issue_values = [&]() {
+      const uint64_t tile = tile_descriptor(s.value[values.at], kChunkBytes);
+#pragma unroll
+      for (int i = 0; i < C::kKeys / 16; ++i)
+        product_rs<T, D>(o, weights + 4 * i, tile + (i * 16 * 128 >> 4));
+      wgmma_commit();
+    };
+    auto mask = [&](int step) {
+      const int key = step * C::kKeys + lane % 4 * 2;
+      if (step >= full_end) {
+#pragma unroll
+        for (int i = 0; i < C::kKeys / 2; ++i)
+          if (i / 4 * 8 + i % 2 > min(a.kv_len - 1, row[i / 2 % 2] + a.upper) - key) scores[i] = -INFINITY;
+      }
+      if (step < full_first) {
+#pragma unroll
+        for (int i = 0; i < C::kKeys / 2; ++i)
+          if (i / 4 * 8 + i % 2 < row[i / 2 % 2] + a.lower - key) scores[i] = -INFINITY;
+      }
+    };
+    auto pack_weights = [&]() {
+#pragma unroll
+      for (int i = 0; i < C::kKeys / 4; ++i) weights[i] = pack<T>(scores[2 * i], scores[2 * i + 1]);
+    };
+
+    Softmax softmax;
+    float factor[2];
+#pragma unroll
+    for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    if (own_end > own_first) {
+      skip(all.end - own_end);
+      int step = own_end - 1;
+      barrier_wait(&s.key_full[keys.at], keys.parity);
+      wgmma_fence();
+      issue_scores();
+      hand_back();
+      wgmma_wait<0>();
+      pin(scores);
+      release(&s.key_empty[keys.at]);
+      keys.next();
+      mask(step);
+      softmax.update(scores, scale, slack, factor);
+      softmax.weigh<T>(scores, scale);
+      pack_weights();
+      if (step > own_first) barrier_wait(&s.key_full[keys.at], keys.parity);
+      while (--step >= own_first) {
+        const bool turns = C::kTurns && step < turns_end && step >= turns_first;
+        barrier_wait(&s.value_full[values.at], values.parity);
+        if (turns) named_barrier(turn, 256);
+        pin(o);
+        wgmma_fence();
+        issue_scores();
+        issue_values();
+        if (turns) named_barrier_arrive(next_turn, 256);
+        wgmma_wait<1>();
+        pin(scores);
+        release(&s.key_empty[keys.at]);
+        keys.next();
+        mask(step);
+        const bool rescale = softmax.update(scores, scale, slack, factor);
+        softmax.weigh<T>(scores, scale);
+        // The assembler moves a wait for products to the front of its basic block, in front of the
+        // exponentials that are to run beside them. This loop ends that block.
+        pin(scores);
+        if (step > own_first) barrier_wait(&s.key_full[keys.at], keys.parity);
+        wgmma_wait<0>();
+        pin(o);
+        release(&s.value_empty[values.at]);
+        values.next();
+        if (rescale) scale_rows(o, factor);
+        pack_weights();
+      }
+      barrier_wait(&s.value_full[values.at], values.parity);
+      pin(o);
+      wgmma_fence();
+      issue_values();
+      wgmma_wait<0>();
+      pin(o);
+      release(&s.value_empty[values.at]);
+      values.next();
+      skip(own_first - all.first);
+    } else {
+      hand_back();
+      skip(all.end - all.first);
+    }
+
+    softmax.l[0] = quad_sum(softmax.l[0]);
+    softmax.l[1] = quad_sum(softmax.l[1]);
+    if (first_row >= 0) {
+      const int stored[2] = {row[0] < a.q_len ? row[0] : -1, row[1] < a.q_len ? row[1] : -1};
+      const int64_t pair = (int64_t)t.batch * a.n_heads + t.head;
+      finish(softmax, o, stored, scale, a.sinks ? a.sinks + t.head : nullptr, a.lse, pair * a.q_len);
+      // The warp's own query rows are no longer needed: its results take their place.
+      const int first = thread / 32 * 16;
+      write_rows<T>(s.query[q.at][group], first, o);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) {
+#pragma unroll
+        for (int c = 0; c < C::kChunks; ++c)
+          store_box(&maps.out, s.query[q.at][group][c][first], 64 * c, first_row + first, t.head, t.batch);
+      }
+    }
+    stored = q.at;
+    q.next();
+  }
+  hand_back();
+  if (C::kTurns && group == 0) named_barrier(kTurn, 256);
+}
+
+template <typename T, int D, int Groups>
+__global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
+    band_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Band a) {
+  extern __shared__ unsigned char memory[];
+  // The start of dynamic shared memory is not aligned by itself.
+  auto& s = *reinterpret_cast<Shared<T, D, Groups>*>(memory + (-shared_address(memory) & 1023));
+  using C = Config<D, Groups>;
+  const int warp = uniform(threadIdx.x / 32);
+  if (threadIdx.x == 0) {
+    prefetch_map(&maps.query);
+    prefetch_map(&maps.key);
+    prefetch_map(&maps.value);
+    for (int i = 0; i < C::kStages; ++i) {
+      barrier_init(&s.key_full[i], 1);
+      barrier_init(&s.value_full[i], 1);
+      barrier_init(&s.key_empty[i], 4 * C::kGroups);
+      barrier_init(&s.value_empty[i], 4 * C::kGroups);
+    }
+    for (int i = 0; i < C::kQueries; ++i) {
+      barrier_init(&s.query_full[i], 1);
+      barrier_init(&s.query_empty[i], 4 * C::kGroups);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+  if (warp >= 4 * C::kGroups) {
+    registers_down<C::kProducerRegisters>();
+    if (threadIdx.x == 128 * C::kGroups) produce(maps, a, s);
+  } else {
+    registers_up<C::kConsumerRegisters>();
+    consume(maps, a, s);
+  }
+}
+
+template <typename T, int D, int Groups>
+const char* run(const Problem& p, cudaStream_t stream) {
+  using C = Config<D, Groups>;
+  const Encode encode = find_encode();
+  if (!encode) return kNoEncode;
+  Maps maps;
+  const Strides3 out = {p.q_len * p.heads * D, D, p.heads * D};
+  const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, 64) &&
+                    make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, C::kKeys) &&
+                    make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, C::kKeys) &&
+                    make_map<T>(maps.out, encode, p.out, out, D, p.q_len, p.heads, p.batch, 16);
+  if (!fits) return kNoMap;
+  const int tiles = (int)((p.q_len + C::kRows - 1) / C::kRows), copies = (int)(p.batch * p.heads);
+  const int together = (int)p.together, sections = (copies + together - 1) / together;
+  const Band a = {p.sinks,
+                  p.lse,
+                  Divisor(together * tiles),
+                  Divisor(together),
+                  Divisor(copies - (sections - 1) * together),
+                  Divisor(p.heads),
+                  Divisor(p.heads / p.kv_heads),
+                  copies * tiles,
+                  sections,
+                  tiles,
+                  (int)p.heads,
+                  (int)p.q_len,
+                  (int)p.kv_len,
+                  (int)(p.offset - p.left),
+                  (int)(p.offset + p.right),
+                  (float)(p.scale * kLog2e)};
+  constexpr int kBytes = (int)sizeof(Shared<T, D, Groups>) + 1024;
+  static Launcher launcher;
+  const auto kernel = band_kernel<T, D, Groups>;
+  cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
+  const dim3 grid((unsigned)(p.grid < copies * tiles ? p.grid : copies * tiles));
+  if (error == cudaSuccess) error = launcher.launch(kernel, grid, C::kThreads, kBytes, 1, stream, maps, a);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace
+}  // namespace stof
+
+extern "C" const char* stof_run(const stof::Problem* problem, void* stream) {
+  const cudaStream_t on = static_cast<cudaStream_t>(stream);
+#if STOF_HEAD_DIM == 64
+  if (problem->rows == 192) return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 3>(*problem, on);
+#endif
+  return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 2>(*problem, on);
+}
+
+extern "C" int64_t stof_problem_bytes() { return sizeof(stof::Problem); }

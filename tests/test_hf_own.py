@@ -352,12 +352,12 @@ def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     own.patch(modeling_longformer)
     assert not own._served
-    stof_hf.hf.check.uses_interface.cache_clear()
+    stof_hf.hf.check.obstacle.cache_clear()
     try:
         with pytest.raises(UnsupportedError, match="computes attention on its own"):
             AutoModel.from_config(copy.deepcopy(CONFIGS["longformer"]), attn_implementation="stof")
     finally:
-        stof_hf.hf.check.uses_interface.cache_clear()
+        stof_hf.hf.check.obstacle.cache_clear()
 
 
 def test_half_precision() -> None:

@@ -140,7 +140,6 @@ def obstacle(cls: type) -> str | None:
     return _EXTENDS if any(_extends_mask(c) for c in _attention_classes(cls)) else None
 
 
-@functools.cache
 def uses_interface(cls: type) -> bool:
     """Whether a model class's attention goes through Transformers' attention interface.
 

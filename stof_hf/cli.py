@@ -333,6 +333,25 @@ def bench_decode(
     console.print(decode.table(data))
 
 
+@bench_app.command("own")
+def bench_own(
+    models: Annotated[str | None, typer.Option(help="Such as longformer,big_bird.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 4096.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time a forward of Longformer and BigBird by their own code and by ours, at real sizes."""
+    from .bench import own
+    from .bench.attention import default_device
+
+    names = models.split(",") if models else ("longformer", "big_bird")
+    sizes = _numbers(batch) or own.BATCH, _numbers(seq_len) or own.TOKENS
+    console.print(
+        own.table(own.run(names, *sizes, device=default_device(device), json_path=json_path))
+    )
+
+
 def main() -> None:
     """Run the command; an error of ours is one line, not a traceback."""
     try:

@@ -28,13 +28,13 @@ def make(batch, heads, kv_heads, q_len, kv_len, dim, dtype, seed=0):
     )
 
 
-def compare(q, k, v, mask, sinks=None, blocks=None, together=None, rows=128):
+def compare(q, k, v, mask, sinks=None, blocks=None, together=None, rows=128, pair=None):
     from stof_hf.attention.cuda_band import BandCall
 
     # What the kernel allocates comes from this memory: what it does not write shows.
     torch.full((1 << 22,), torch.nan, device="cuda")
-    call = BandCall(q, k, v, mask, sinks, 0.2, rows=rows)
-    call.problem.grid = blocks or call.problem.grid
+    call = BandCall(q, k, v, mask, sinks, 0.2, rows=rows, pair=pair)
+    call.problem.grid = max(blocks or call.problem.grid, 1 + call.problem.two_heads)
     call.problem.together = min(together or call.problem.together, q.shape[0] * q.shape[1])
     out, lse = call(q, k, v, mask, None, sinks)
     want, want_lse = reference_attention(
@@ -45,7 +45,7 @@ def compare(q, k, v, mask, sinks=None, blocks=None, together=None, rows=128):
     torch.testing.assert_close(lse.double(), want_lse, atol=2e-3, rtol=1e-3)
 
 
-#: Head sizes, and query rows of a block.
+#: Head sizes, and query rows of a block. Where heads share keys, blocks of 128 x 128 work in pairs.
 SIZES = [(64, 192), (64, 128), (128, 128)]
 reach = st.one_of(st.integers(0, 40), st.integers(0, 900))
 bands = st.one_of(
@@ -75,6 +75,20 @@ def test_random_bands(
     compare(q, k, v, mask, sinks, blocks, together, rows)
 
 
+@given(
+    bands, st.integers(1, 900), st.integers(1, 900), st.integers(-500, 500),
+    st.sampled_from(sorted(TOLERANCE, key=str)),
+    st.sampled_from([(1, 2, 1), (1, 4, 2), (2, 6, 1), (1, 12, 3)]),
+    st.sampled_from([2, 7, 132]), st.sampled_from([1, 2, 5]), st.booleans(),
+)  # fmt: skip
+def test_pairs_of_blocks(pattern, q_len, kv_len, offset, dtype, sizes, blocks, together, pair):
+    mask = SparseMask.from_pattern(
+        pattern, q_len, kv_len, q_offset=max(offset, 0), kv_offset=max(-offset, 0), device="cuda"
+    )
+    q, k, v = make(*sizes, q_len, kv_len, 128, dtype)
+    compare(q, k, v, mask, None, blocks, together, pair=pair)
+
+
 @pytest.mark.parametrize("dim, rows", SIZES)
 def test_rows_of_a_packed_projection(dim, rows):
     packed = torch.randn(2, 500, 3 * 4 * dim, device="cuda", dtype=torch.bfloat16)
@@ -86,4 +100,6 @@ def test_rows_of_a_packed_projection(dim, rows):
 @pytest.mark.parametrize("dim, rows", SIZES)
 def test_many_rounds_of_blocks_and_long_rings(dim, rows):
     mask = SparseMask.from_pattern(patterns.SlidingWindow(700, 300), 5000, 5000, device="cuda")
-    compare(*make(1, 8, 4, 5000, 5000, dim, torch.float16), mask, blocks=17, rows=rows)
+    for kv_heads in (8, 4):
+        q, k, v = make(1, 8, kv_heads, 5000, 5000, dim, torch.float16)
+        compare(q, k, v, mask, blocks=17, rows=rows)

@@ -72,12 +72,19 @@ def band_of(pattern: Pattern | None) -> tuple[int, int] | None:
     return None
 
 
+def pairs_heads(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether two blocks may compute heads that share keys side by side: with a head size of 128
+    what blocks of their own read takes all that L2 delivers."""
+    return q.shape[3] == 128 and q.shape[1] // k.shape[1] % 2 == 0
+
+
 class BandCall(Call):
     """A prepared call of the band kernel."""
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         sinks: torch.Tensor | None, scale: float, with_lse: bool = True, rows: int | None = None,
+        pair: bool | None = None,
     ):  # fmt: skip
         super().__init__("band", q.shape[3], q, k, v, mask, None, sinks, scale, 0.0, with_lse)
         p = self.problem
@@ -85,4 +92,5 @@ class BandCall(Call):
         p.offset = mask.q_offset - mask.kv_offset
         p.grid = select.multiprocessors(q.device)
         p.rows = rows or select.band_rows(q, k, mask, band)
+        p.two_heads = pairs_heads(q, k) if pair is None else pair
         p.together = select.band_together(q, k)

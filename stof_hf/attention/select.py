@@ -212,8 +212,10 @@ def block_kernel(
 def band_together(q: torch.Tensor, k: torch.Tensor) -> int:
     """Heads whose blocks the band kernel runs at a time: their keys and values stay in L2."""
     batch, heads = q.shape[:2]
-    per_head = 2 * k.shape[1] * k.shape[2] * k.shape[3] * k.itemsize // heads
-    return max(1, min(batch * heads, (24 << 20) // per_head))
+    group = heads // k.shape[1]
+    per_head = 2 * k.shape[2] * k.shape[3] * k.itemsize // group
+    together = min(batch * heads, (24 << 20) // per_head)
+    return together // group * group or max(1, together)
 
 
 def band_rows(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]) -> int:

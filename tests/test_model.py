@@ -9,6 +9,7 @@ import torch
 
 from stof_hf import SparseMask, patterns
 from stof_hf.attention import model, select
+from stof_hf.attention.cuda_band import band_of
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Problem
 from stof_hf.bench.masks import bench_mask
 
@@ -29,14 +30,18 @@ def test_the_model_chooses_about_the_best_of_what_was_measured(monkeypatch):
             masks[key] = CONTESTANTS["stof"].build(problem)
         times = {n: t for n, t in record["times_us"].items() if n != "chosen"}
 
-        def predicted(name, cell=cell, mask=masks[key]):
+        q, k = (
+            torch.empty(cell.batch, heads, cell.seq_len, cell.head_dim, device="meta").half()
+            for heads in (cell.heads, cell.kv_heads)
+        )
+        band = band_of(masks[key].pattern)
+
+        def predicted(name, cell=cell, mask=masks[key], q=q, k=k, band=band):
             if name == "cudnn":
-                q, k = (
-                    torch.empty(cell.batch, heads, cell.seq_len, cell.head_dim, device="meta")
-                    for heads in (cell.heads, cell.kv_heads)
-                )
-                ahead = select.cudnn_is_ahead(q.half(), k.half(), mask, cell.mask == "causal")
+                ahead = select.cudnn_is_ahead(q, k, mask, cell.mask == "causal", band)
                 return 0.0 if ahead else float("inf")
+            if name.startswith("band"):
+                return select._band_us(int(name.split()[1]), q, k, mask, band)
             return model.launch_us(name, mask, cell.batch * cell.heads, cell.head_dim, 2, 132)
 
         regrets.append(times[min(times, key=predicted)] / min(times.values()))

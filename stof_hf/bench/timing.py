@@ -64,10 +64,12 @@ def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
     """Device time of one of each of the calls in microseconds: the median of 20 replays, 8 of calls
     that take 4 ms or more.
 
-    The calls take two turns, the second in reverse: none is favoured by what ran before it.
+    The calls take two turns, each time behind another one: what ran before, and how much power it
+    took, favours none.
     """
     times: dict[int, list[float]] = {i: [] for i in range(len(captured))}
-    for i in (*times, *reversed(times)):
+    back, half = [*reversed(times)], len(captured) // 2
+    for i in (*times, *back[half:], *back[:half]):
         times[i] += captured[i].times_ms(10 if captured[i].once_ms < 4 else 4)
     return [statistics.median(times[i]) * 1000 / one.calls for i, one in enumerate(captured)]
 

@@ -38,6 +38,10 @@ _T5 = {
     "vocab_size": 99, "d_model": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 4,
     "d_kv": 8, "d_ff": 48, "pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 1,
 }  # fmt: skip
+_T5GEMMA2 = {
+    **_WINDOW, "max_position_embeddings": 64, "query_pre_attn_scalar": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
@@ -78,6 +82,9 @@ class Family:
 _NO_BLOCK_IDS = {}
 if Version(transformers.__version__) < Version("5.18"):
     _NO_BLOCK_IDS = {"static": "it calls create_chunked_causal_mask with an argument that it lacks"}
+_IMAGE_MASK = {}
+if Version(transformers.__version__) < Version("5.23"):
+    _IMAGE_MASK = {"compile": "it gives text queries a mask of as many rows as the image has"}
 _NEEDS_2D = "computes with the 2D mask outside attention"
 
 
@@ -128,6 +135,12 @@ FAMILIES = [
     _bert("esm", "Esm", mask_token_id=3, position_embedding_type="rotary", skip={"4d": _NEEDS_2D}),
     _bert("modernbert", "ModernBert", local_attention=8, global_attn_every_n_layers=2,
           max_position_embeddings=64, cls_token_id=1, sep_token_id=2),
+    _bert("splinter", "Splinter"),
+    _bert("align-text", "AlignText"),
+    _bert("clap-text", "ClapText", max_position_embeddings=70),
+    _bert("layoutlm", "LayoutLM", skip={"4d": _NEEDS_2D}),
+    _bert("markuplm", "MarkupLM", max_position_embeddings=70, max_depth=4, xpath_unit_hidden_size=8,
+          skip={"4d": _NEEDS_2D}),
     Family("distilbert", "encoder", "DistilBertConfig", "DistilBertModel",
            {"vocab_size": 99, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48,
             "pad_token_id": 0}),
@@ -171,12 +184,17 @@ FAMILIES = [
             moe_intermediate_size=16, first_k_dense_replace=1),
     _seq2seq("t5", "T5", _T5),
     _seq2seq("mt5", "MT5", _T5),
+    _seq2seq("switch-transformers", "SwitchTransformers", {**_T5, "num_experts": 4}),
     _seq2seq("bart", "Bart"),
     _seq2seq("mbart", "MBart"),
     _seq2seq("pegasus", "Pegasus"),
     _seq2seq("marian", "Marian", decoder_vocab_size=99),
     _seq2seq("m2m100", "M2M100"),
     _seq2seq("blenderbot", "Blenderbot"),
+    _seq2seq("bigbird-pegasus", "BigBirdPegasus", attention_type="original_full"),
+    _seq2seq("t5gemma2", "T5Gemma2", {},
+             encoder={"text_config": _T5GEMMA2, "vision_config": _VISION, "image_token_index": 98},
+             decoder=_T5GEMMA2, image_token_index=98),
     Family("whisper", "whisper", "WhisperConfig", "WhisperForConditionalGeneration",
            {**_BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 64,
             "begin_suppress_tokens": None, "suppress_tokens": None}),
@@ -185,10 +203,16 @@ FAMILIES = [
     _image("dinov2", "Dinov2"),
     _image("ijepa", "IJepa"),
     _image("siglip-vision", "SiglipVision"),
+    _image("phi4-multimodal-vision", "Phi4MultimodalVision", crop_size=32),
     _image("videomae", "VideoMAE", "video", num_frames=4, tubelet_size=2),
     Family("clip", "clip", "CLIPConfig", "CLIPModel",
            {"text_config": {**_TEXT, "max_position_embeddings": 64, "projection_dim": 16},
             "vision_config": {**_VISION, "projection_dim": 16}, "projection_dim": 16}),
+    Family("bridgetower", "clip", "BridgeTowerConfig", "BridgeTowerModel",
+           {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "intermediate_size": 48,
+            "text_config": {**_TEXT, "hidden_size": 64, "max_position_embeddings": 70},
+            "vision_config": {**_VISION, "hidden_size": 64}}, skip=_IMAGE_MASK),
     _sound("wav2vec2", "Wav2Vec2"),
     _sound("hubert", "Hubert"),
     Family("ast", "spectrogram", "ASTConfig", "ASTModel",

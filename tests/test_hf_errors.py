@@ -81,6 +81,22 @@ def test_models_that_pick_classes_by_name() -> None:
         AutoModel.from_config(config, attn_implementation="stof")
 
 
+def test_models_that_append_to_their_mask() -> None:
+    """DeepSeek V4's layers append additive entries, which mean the reverse in a bool mask."""
+    make_config = transformers.DeepseekV4Config
+    sizes = {
+        **SMALL, "num_key_value_heads": 1, "head_dim": 16, "q_lora_rank": 16, "o_lora_rank": 16,
+        "o_groups": 2, "n_routed_experts": 4, "moe_intermediate_size": 16,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        AutoModel.from_config(make_config(**sizes), attn_implementation="stof")
+    model = AutoModel.from_config(make_config(**sizes))
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        model.set_attn_implementation("stof")
+    with pytest.raises(UnsupportedError, match="appends keys of its own to the mask"):
+        stof_hf.set_pattern(model, patterns.SlidingWindow(4, 0))
+
+
 REMOTE = """
 import torch
 from torch import nn
@@ -421,6 +437,24 @@ def test_every_kind_of_mask_at_a_layer() -> None:
             assert close(expected, stof_attention(LAYER, q, k, v, mask)[0])
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("values", ["none", "least", "real", "bool"])
+def test_masks_of_one_query_are_for_all(values: str, heads: int) -> None:
+    """[B, 1, 1, Sk], as models make of padding alone, broadcasts against the scores."""
+    allowed = torch.ones(2, heads, 1, 70, dtype=torch.bool)
+    allowed[1, -1, :, 40:] = values == "none"
+    least = -1e4 if values == "real" else torch.finfo(torch.float32).min
+    mask = allowed if values == "bool" else torch.where(allowed, 0.0, least)
+    for length in (70, 33):
+        q, k, v = (torch.randn(2, 2, n, 16) for n in (length, 70, 70))
+        assert close(sdpa(q, k, v, attn_mask=mask), stof_attention(LAYER, q, k, v, mask)[0])
+        padding = SparseMask.from_dense(allowed)
+        expected = sdpa(q, k, v, attn_mask=allowed)
+        assert close(expected, stof_attention(LAYER, q, k, v, padding)[0])
+    with pytest.raises(MaskError, match="1 queries"):
+        stof_attention(LAYER, q, k, v, SparseMask.from_pattern(patterns.Causal(), 1, 70))
+
+
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_patterns_and_block_masks_at_a_model(name: str) -> None:
     model = family(name).build("eager")
@@ -460,16 +494,64 @@ def test_masks_changed_in_place_are_read_again() -> None:
             mask[..., 3:] = False
 
 
-def test_none_is_causal_where_sdpa_says_so() -> None:
-    layer = nn.Module()
-    layer.is_causal = True
+def test_none_is_causal_where_the_call_says_so() -> None:
     for q_len, kv_len in ((6, 6), (1, 6), (4, 6)):
         q, k, v = (t[:, :, :n] for t, n in zip(qkv(), (q_len, kv_len, kv_len), strict=True))
         keys = q_len if q_len > 1 else kv_len
         expected = sdpa(q, k[:, :, :keys], v[:, :, :keys], is_causal=q_len > 1)
-        assert close(expected, stof_attention(layer, q, k, v, None)[0])
-        expected = sdpa(q, k, v)
-        assert close(expected, stof_attention(layer, q, k, v, None, is_causal=False)[0])
+        for layer in (LAYER, nn.Module()):
+            actual = stof_attention(layer, q, k, v, None, is_causal=True)[0]
+            assert close(expected, actual)
+            assert close(sdpa(q, k, v), stof_attention(layer, q, k, v, None, is_causal=False)[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_none_is_all_keys_where_the_call_says_nothing(flag: bool | None, compiled: bool) -> None:
+    """As in eager attention, whatever the layer says; a layer that sdpa reads otherwise warns."""
+
+    class Layer(nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return stof_attention(self, q, k, v, None)[0]
+
+    q, k, v = qkv()
+    layer = Layer()
+    if flag is not None:
+        layer.is_causal = flag
+    call = torch.compile(layer, fullgraph=True, backend="eager") if compiled else layer
+    for warned in (flag is not False, False):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            actual = call(q, k, v)
+        messages = [w for w in caught if issubclass(w.category, StofWarning)]
+        assert len(messages) == warned and all("is_causal" in str(w.message) for w in messages)
+        assert close(sdpa(q, k, v), actual)
+    assert close(sdpa(q[:, :, :1], k, v), layer(q[:, :, :1], k, v))
+
+
+def test_encoders_without_a_mask_do_not_warn() -> None:
+    """Their layers may say is_causal, or nothing: their eager attention is the truth."""
+    for name in ("splinter", "phi4-multimodal-vision"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", StofWarning)
+            run(family(name).build("stof"), **inputs_of(family(name)))
+
+
+def test_parts_of_decoders_without_a_mask() -> None:
+    """BLT's global transformer gets its mask from the model around it; alone, it has none."""
+    from transformers.models.blt.modeling_blt import BltGlobalTransformer
+
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = transformers.BltConfig(global_config={**sizes, "intermediate_size": 32}).global_config
+    config.encoder_cross_output_size = None
+    outputs = []
+    for implementation in ("eager", "stof"):
+        torch.manual_seed(0)
+        model = BltGlobalTransformer._from_config(config, attn_implementation=implementation).eval()
+        with torch.no_grad():
+            out = model(torch.randn(2, 12, 32))
+        outputs.append(out if isinstance(out, torch.Tensor) else out[0])
+    assert close(*outputs)
 
 
 def test_packed_documents_by_lengths() -> None:
@@ -486,6 +568,19 @@ def test_packed_documents_by_lengths() -> None:
         assert close(sdpa(q, k, v, attn_mask=allowed), actual[0])
     with pytest.raises(UnsupportedError, match="as many keys as queries"):
         stof_attention(LAYER, q, k, v, None, cu_seq_lens_q=cu, cu_seq_lens_k=cu + 1)
+
+
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_packed_documents_are_causal_where_the_layer_is(flag: bool | None) -> None:
+    q, k, v = qkv(length=70)
+    layer = nn.Module()
+    if flag is not None:
+        layer.is_causal = flag
+    ids = torch.tensor([0] * 20 + [1] * 50)
+    allowed = (ids[:, None] == ids) & (torch.ones(70, 70).tril() > 0 if flag else True)
+    cu = torch.tensor([0, 20, 70], dtype=torch.int32)
+    actual = stof_attention(layer, q, k, v, None, cu_seq_lens_q=cu, cu_seq_lens_k=cu)[0]
+    assert close(sdpa(q, k, v, attn_mask=allowed), actual)
 
 
 def test_packed_position_ids() -> None:

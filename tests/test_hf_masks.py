@@ -17,7 +17,7 @@ from transformers.masking_utils import and_masks, or_masks, sdpa_mask
 
 import stof_hf.hf.masks as hf_masks
 from stof_hf import SparseMask, patterns
-from stof_hf.hf import resolve
+from stof_hf.hf import combine, register
 from stof_hf.hf.masks import stof_mask
 from stof_hf.hf.recognise import pattern_of, structural_key
 from stof_hf.hf.symbolic import is_opaque, recognise
@@ -221,6 +221,7 @@ def test_prepared_masks_pass_through() -> None:
 
 def test_every_mask_creator() -> None:
     """All create_*_mask functions of Transformers, with and without caches and packed inputs."""
+    register()  # no model was imported yet where this file runs alone
     config = LlamaConfig(
         hidden_size=8, num_attention_heads=1, num_hidden_layers=1, sliding_window=4
     )
@@ -386,6 +387,16 @@ def test_masks_act_as_tensors() -> None:
     assert torch.equal(mask[..., :7], dense[..., :7])
     assert torch.equal(torch.where(mask, 1.0, 2.0), torch.where(dense, 1.0, 2.0))
     assert torch.equal(mask.float(), dense.float())
+    scores = torch.randn(2, 1, 90, 90, dtype=torch.float16)
+    additive = torch.where(dense, 0.0, torch.finfo(torch.float16).min).half()
+    for added in (scores + mask, mask + scores, torch.add(scores, mask), scores.clone().add_(mask)):
+        assert torch.equal(added, scores + additive)
+    scores += mask
+    every = SparseMask.from_pattern(patterns.Causal(), 90)
+    joined = torch.cat([every, mask], dim=-1)
+    assert torch.equal(joined, torch.cat([every.to_dense().expand(2, -1, -1, -1), dense], -1))
+    assert torch.equal(torch.cat([every, mask]), torch.cat([every.to_dense(), dense]))
+    assert torch.equal(torch.cat([mask, scores], -1), torch.cat([additive, scores], -1))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = mask.nothing
 
@@ -426,4 +437,4 @@ def test_random_blocks_of_a_mask_with_a_key_offset() -> None:
     allowed = torch.ones(1, 1, 64, 192, dtype=torch.bool)
     mask = SparseMask(64, 192, *structure_of(allowed), **place)
     expected = SparseMask.from_pattern(extra, 64, 192, **place).to_dense()
-    assert torch.equal(resolve.derive(mask, extra, "key").to_dense(), expected)
+    assert torch.equal(combine.derive(mask, extra, "key").to_dense(), expected)

@@ -15,7 +15,8 @@ from families import FAMILIES, Family, inputs_of
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, CompileConfig
 
 import stof_hf
-from stof_hf import patterns
+from stof_hf import UnsupportedError, patterns
+from stof_hf.hf.attention import stof_attention
 from stof_hf.hf.patching import is_cross_attention, matches
 
 LONG = patterns.Longformer(window=2, global_tokens=(0,))
@@ -43,7 +44,7 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and float((a - b).abs().max()) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["bert", "albert", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "albert", "splinter", "llama", "gpt2"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_forward_equals_the_same_dense_mask(name: str, padded: bool) -> None:
     model = family(name).build("eager")
@@ -65,6 +66,31 @@ def test_forward_equals_the_same_dense_mask(name: str, padded: bool) -> None:
     assert not close(dense, actual)
     stof_hf.set_pattern(model, None)
     assert close(dense, run(model, input_ids=ids))
+
+
+def test_masks_of_one_query_and_a_pattern() -> None:
+    model = family("bert").build("stof")
+    stof_hf.set_pattern(model, LONG)
+    q, k, v = torch.randn(3, 2, 4, 20, 8).unbind()
+    padding = torch.ones(2, 1, 1, 20, dtype=torch.bool)
+    padding[1, ..., 15:] = False
+    layer = model.encoder.layer[0].attention.self
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=padding & values(LONG, 20)
+    ).transpose(1, 2)
+    for mask in (padding, additive(padding)):
+        assert close(expected, stof_attention(layer, q, k, v, mask)[0])
+
+
+def test_masks_without_positions_and_a_pattern() -> None:
+    """Keys that T5Gemma 2 puts together from both sequences have no positions."""
+    model = family("t5gemma2").build("stof")
+    stof_hf.set_pattern(model, patterns.SlidingWindow(2, 2))
+    with pytest.raises(UnsupportedError, match="needs the positions of its 9 queries among 30"):
+        run(model, **inputs_of(family("t5gemma2")))
+    stof_hf.set_pattern(model, None)
+    stof_hf.set_pattern(model, patterns.SlidingWindow(2, 2), modules="model.encoder")
+    run(model, **inputs_of(family("t5gemma2")))
 
 
 def test_patterns_add_up_and_modules_are_chosen_by_name() -> None:

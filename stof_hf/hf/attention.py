@@ -46,11 +46,12 @@ def stof_attention(
         module: the attention layer; its pattern (see `set_pattern`) applies on top of the mask.
         query: [B, H, Sq, D]. key, value: [B, Hkv, Sk, D] and [B, Hkv, Sk, Dv], not expanded.
         attention_mask: a SparseMask or TracedMask as the mask function makes them; a Pattern; a
-            FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq, Sk]; or
-            None, which means causal if `is_causal`, else all.
+            FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq or 1, Sk];
+            or None, which means causal if `is_causal`, else all.
         dropout: must be 0 in training.
         scaling: factor on the scores, 1 / sqrt(D) by default.
-        is_causal: what None as a mask means; by default `module.is_causal`.
+        is_causal: what None as a mask means; by default all, as in eager attention, which knows no
+            packed documents: these are causal where `module.is_causal` is.
         softcap: as in Gemma 2. s_aux: [H], sinks as in gpt-oss. position_bias: added to the scores.
         sliding_window: not used, the mask has the window: Transformers gives it to kernels without
             masks.
@@ -89,6 +90,7 @@ def stof_attention(
             stamp is not None
             or type(attention_mask) is not SparseMask
             or attention_mask.device != query.device
+            or attention_mask.q_len != query.shape[2]
         ):
             attention_mask, position_bias, key, value = resolve_mask(
                 module, stamp, query, key, value, attention_mask, is_causal, position_bias,

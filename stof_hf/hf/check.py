@@ -5,7 +5,8 @@ attention on their own and never look at it (Longformer, BigBird, BLOOM). Such a
 before and look as if it were sparse. The wrappers below add to Transformers' own check, which runs
 in every model's constructor and in `set_attn_implementation`:
 
-- a model class that bypasses the attention interface raises UnsupportedError for "stof";
+- a model class that bypasses the attention interface, or changes its mask on the way to it, raises
+  UnsupportedError for "stof";
 - a model made from a configuration with patterns is noted, so that its layers get them;
 - a model with patterns that runs with another implementation than "stof" warns.
 """
@@ -45,8 +46,8 @@ def _wrap_check(original: Any) -> Any:
     def get_correct_attn_implementation(
         self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        if requested_attention in _NAMES and not uses_interface(type(self)):
-            requested_attention = _refuse(self)
+        if requested_attention in _NAMES and (reason := obstacle(type(self))):
+            requested_attention = _refuse(self, reason)
         if requested_attention in _NAMES and is_init_check and _picks_classes(type(self)):
             requested_attention = _refuse(self, _PICKS)
         chosen = original(self, requested_attention, is_init_check)
@@ -66,15 +67,15 @@ def _wrap_set(original: Any) -> Any:
         wanted = attn_implementation
         if isinstance(wanted, dict):
             wanted = wanted.get("")
-        if wanted in _NAMES and not uses_interface(type(self)):
-            wanted = _refuse(self)
+        if wanted in _NAMES and (reason := obstacle(type(self))):
+            wanted = _refuse(self, reason)
             attn_implementation = (
                 wanted if isinstance(attn_implementation, str) else attn_implementation
             )
         if isinstance(attn_implementation, str) and attn_implementation in _NAMES:
             for module in self.modules():
-                if isinstance(module, PreTrainedModel) and not uses_interface(type(module)):
-                    _refuse(module)
+                if isinstance(module, PreTrainedModel) and (reason := obstacle(type(module))):
+                    _refuse(module, reason)
         if attn_implementation is not None:
             original(self, attn_implementation, *args, **kwargs)
         if wanted in _NAMES and self.config._attn_implementation not in _NAMES:
@@ -98,6 +99,11 @@ _BYPASSES = (
     "attn_implementation; where it is a part of a larger model, name the other parts, as in "
     'attn_implementation={"text_config": "stof"}'
 )
+_EXTENDS = (
+    "appends keys of its own to the mask inside its attention layers, if that is the tensor that "
+    'eager attention adds to scores, and does not work with attn_implementation="stof": load it '
+    "without attn_implementation"
+)
 _PICKS = (
     'picks classes by the name of the attention implementation and knows no "stof": load it '
     "without attn_implementation, then switch its other layers with "
@@ -105,7 +111,7 @@ _PICKS = (
 )
 
 
-def _refuse(model: PreTrainedModel, reason: str = _BYPASSES) -> None:
+def _refuse(model: PreTrainedModel, reason: str) -> None:
     """Raise for a model that bypasses the interface, or warn where its configuration says so."""
     message = f"{type(model).__name__} {reason}"
     if (getattr(model.config, "stof", None) or {}).get("fallback") != "sdpa":
@@ -127,6 +133,14 @@ def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
 
 
 @functools.cache
+def obstacle(cls: type) -> str | None:
+    """Why a model class cannot run with "stof", or None."""
+    if not uses_interface(cls):
+        return _BYPASSES
+    return _EXTENDS if any(_extends_mask(c) for c in _attention_classes(cls)) else None
+
+
+@functools.cache
 def uses_interface(cls: type) -> bool:
     """Whether a model class's attention goes through Transformers' attention interface.
 
@@ -134,9 +148,14 @@ def uses_interface(cls: type) -> bool:
     code refers to, not at source text, which notebooks and frozen applications lack. A module
     without attention classes is taken to combine models that are checked on their own.
     """
+    layers = _attention_classes(cls)
+    return not layers or any(_interface_calls(c) for c in layers)
+
+
+def _attention_classes(cls: type) -> list[type]:
     module = sys.modules.get(cls.__module__)
     classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []
-    layers = [
+    return [
         c
         for c in classes
         if issubclass(c, nn.Module)
@@ -144,7 +163,6 @@ def uses_interface(cls: type) -> bool:
         and _ATTENTION.search(c.__name__)
         and not issubclass(c, PreTrainedModel)
     ]
-    return not layers or any(_refers_to_interface(c) for c in layers)
 
 
 def _picks_classes(cls: type) -> bool:
@@ -154,15 +172,21 @@ def _picks_classes(cls: type) -> bool:
     return any(all(isinstance(c, type) for c in t.values()) for t in named)
 
 
-def _refers_to_interface(cls: type) -> bool:
+def _extends_mask(cls: type) -> bool:
+    """Whether a layer appends to its mask if that is a tensor, as DeepSeek V4's do."""
+    return any(names >= {"isinstance", "Tensor", "pad"} for names in _interface_calls(cls))
+
+
+def _interface_calls(cls: type) -> list[set[str]]:
+    """The names in each method of a class that refers to the attention interface."""
     methods = (
-        f
+        _names(f.__code__)
         for base in cls.__mro__
         if base.__module__.split(".")[0] != "torch"
         for f in vars(base).values()
         if isinstance(f, types.FunctionType)
     )
-    return any(_INTERFACE & _names(f.__code__) for f in methods)
+    return [names for names in methods if _INTERFACE & names]
 
 
 def _names(code: types.CodeType) -> set[str]:

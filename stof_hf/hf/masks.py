@@ -21,9 +21,9 @@ from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask, structure_of
+from .combine import derive
 from .patching import active
 from .recognise import chunks_from_zero, closed_form_text, pattern_of
-from .resolve import derive
 from .symbolic import is_opaque, names_tensor, recognise
 
 MaskFunction = Callable[..., torch.Tensor]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import MaskError, UnsupportedError
-from ..masks.bits import TILE
+from ..errors import MaskError, StofWarning, UnsupportedError
 from ..masks.build import build_additive
 from ..masks.cache import mask_for
-from ..masks.convert import mask_function
-from ..masks.pattern import And, Not, Or, Pattern
-from ..masks.patterns import Causal, Custom, Dense, Documents, Full
+from ..masks.pattern import Pattern
+from ..masks.patterns import Causal, Documents, Full
 from ..masks.sparse_mask import SparseMask
-from ..masks.traced import TracedMask, both, structure_of
+from ..masks.traced import TracedMask, both, text_of
+from .combine import derived_of, require_position, require_positions, with_pattern
 from .patching import Stamp
 
 _FULL, _CAUSAL = Full(), Causal()
@@ -50,8 +49,12 @@ def resolve_mask(
         return mask, bias, key, value
     if not isinstance(mask, (SparseMask, TracedMask)):
         mask, additive = _given(mask, query, key)
+        if stamp is not None and not stamp.cross and query.shape[2] != key.shape[2]:
+            raise _no_positions(module, query, key)
         if additive is not None:
             bias = additive if bias is None else bias + additive
+    if mask is not None and mask.shape[2] == 1 < query.shape[2]:
+        mask = _for_all_queries(mask, query.shape[2])
     if isinstance(mask, SparseMask) and mask.device != query.device:
         mask = mask.to(query.device)
     if stamp is not None and mask is not None:
@@ -72,16 +75,22 @@ def _default_mask(
 ) -> tuple[Any, int | None]:
     """The mask that None stands for, and the number of keys to keep if that is fewer than all.
 
-    The rules are those of Transformers' `sdpa_attention_forward`.
+    None is causal where the call says so, else it is all keys, as in eager attention. Transformers'
+    `sdpa_attention_forward` asks the layer, of which encoders', too, may say is_causal or nothing.
     """
     q_len, kv_len = query.shape[2], key.shape[2]
+    said = is_causal
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    causal = q_len > 1 and is_causal
+    causal = q_len > 1 and bool(said)
     if cu_seq_lens_q is not None and q_len > 1:
+        # Eager attention knows no packed documents; FlashAttention reads the layer.
+        causal = getattr(module, "is_causal", False) if said is None else causal
         base = _packed(cu_seq_lens_q, cu_seq_lens_k, q_len, kv_len)
         base = base & _CAUSAL if causal else base
         return _direct(base if stamp is None else base & stamp.pattern, query, key), None
+    if said is None and is_causal and q_len > 1:
+        _warn_of_all_keys(type(module))
     if stamp is None and not causal:
         return None, None
     keep = None
@@ -90,15 +99,11 @@ def _default_mask(
         kv_len = keep = q_len
     elif q_len != kv_len and stamp is not None:
         if stamp.cross:
-            _require_position(q_len)
+            require_position(q_len)
         elif q_len == 1 and is_causal:
             q_offset = kv_len - 1
         else:
-            raise UnsupportedError(
-                f"the pattern on {type(module).__name__} needs the positions of its {q_len} "
-                f"queries among {kv_len} keys, and the model gives none: leave this module out "
-                "with set_pattern(..., modules=...)"
-            )
+            raise _no_positions(module, query, key)
     pattern = _CAUSAL if stamp is None else stamp.causal if causal else stamp.pattern
     if stamp is not None:
         require_positions(stamp.pattern, max(q_offset + q_len, kv_len))
@@ -109,7 +114,33 @@ def _default_mask(
     return mask_for(pattern, q_len, kv_len, q_offset, device=query.device), keep
 
 
-CAUSAL_TEXT = '{"type": "Causal"}'
+def _no_positions(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> UnsupportedError:
+    return UnsupportedError(
+        f"the pattern on {type(module).__name__} needs the positions of its {query.shape[2]} "
+        f"queries among {key.shape[2]} keys, and the model gives none: leave this module out with "
+        "set_pattern(..., modules=...)"
+    )
+
+
+CAUSAL_TEXT, FULL_TEXT = text_of(_CAUSAL), text_of(_FULL)
+
+_warned: set[type] = set()
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_all_keys(cls: type) -> None:
+    """Warn once for a class that is not Transformers' own, whose eager attention is known."""
+    if cls in _warned or cls.__module__.startswith("transformers."):
+        return
+    _warned.add(cls)
+    warnings.warn(
+        f"{cls.__name__} gives attention neither a mask nor is_causal, and every query sees all "
+        "keys, as in eager attention; sdpa takes this for causal. If it is, pass is_causal=True to "
+        "the attention function; if not, set is_causal = False on the layer",
+        StofWarning,
+        stacklevel=2,
+    )
+
 
 # What masks given as tensors and BlockMasks were converted to, as long as they live.
 _converted: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -174,6 +205,28 @@ def _dense(mask: torch.Tensor) -> tuple[SparseMask | None, torch.Tensor | None]:
     return held, mask.masked_fill(mask.detach() <= torch.finfo(mask.dtype).min / 2, 0)
 
 
+def _for_all_queries(mask: SparseMask | TracedMask, q_len: int) -> SparseMask | TracedMask:
+    """A mask of one query, if it is padding or was a tensor, for `q_len`: tensors broadcast so."""
+    if isinstance(mask, TracedMask):
+        if mask.pattern not in (None, FULL_TEXT):
+            return mask
+        allowed = None if mask.allowed is None else mask.allowed.expand(-1, -1, q_len, -1)
+        shape = (*mask.shape[:2], q_len, mask.shape[3])
+        return TracedMask(shape, mask.pattern, allowed, mask.kv_valid)
+    if mask.pattern not in (None, _FULL):
+        return mask
+    derived = derived_of(mask)
+    if q_len not in derived:
+        every = mask_for(_FULL, q_len, mask.kv_len, device=mask.device)
+        if mask.pattern is not None:
+            derived[q_len] = every.with_words(mask.kv_valid)
+        elif (row := mask.to_dense()).shape[1] == 1:
+            derived[q_len] = every.with_padding(row[:, 0, 0])
+        else:
+            derived[q_len] = SparseMask.from_dense(row.expand(-1, -1, q_len, -1))
+    return derived[q_len]
+
+
 def _dense_in_graph(mask: torch.Tensor) -> tuple[TracedMask, torch.Tensor | None]:
     if mask.dtype == torch.bool:
         return TracedMask(tuple(mask.shape), None, mask), None
@@ -199,123 +252,3 @@ def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, q_len: int, kv_len: i
 
 def _direct(pattern: Pattern, query: torch.Tensor, key: torch.Tensor) -> SparseMask:
     return mask_for(pattern, query.shape[2], key.shape[2], device=query.device)
-
-
-def with_pattern(mask: SparseMask | TracedMask, stamp: Stamp) -> SparseMask | TracedMask:
-    """`mask` where the stamped pattern allows it as well; the padding stays."""
-    if stamp.cross:
-        _require_position(mask.shape[2])
-    if isinstance(mask, TracedMask):
-        return _traced_with_pattern(mask, stamp)
-    return derive(mask, stamp.pattern, stamp.key)
-
-
-def _require_position(q_len: int) -> None:
-    if q_len == 1:
-        raise UnsupportedError(
-            "a pattern on cross-attention needs the query's position, which Transformers does not "
-            "give where tokens are generated one by one: remove it with "
-            "stof_hf.set_pattern(model, None)"
-        )
-
-
-def derive(mask: SparseMask, pattern: Pattern, key: str) -> SparseMask:
-    """`mask` & `pattern`, once for a mask: all layers of a forward share it.
-
-    A compiled graph only finds what was derived before (see `stof_mask`).
-    """
-    derived = getattr(mask, "_derived", None)
-    if derived is None:
-        derived = {}
-        object.__setattr__(mask, "_derived", derived)
-    if key not in derived:
-        derived[key] = _combined(mask, pattern)
-    return derived[key]
-
-
-def _combined(mask: SparseMask, extra: Pattern) -> SparseMask:
-    q_len, kv_len, device = mask.q_len, mask.kv_len, mask.device
-    lasting = mask.pattern is not None and _by_content(mask.pattern) and _by_content(extra)
-    if lasting and mask.is_view and extra.length_free:
-        positions = (mask.row_ptr.shape[1] - 1) * TILE
-        storage = mask_for(_conjunction(mask.pattern, extra), positions, positions, device=device)
-        out = storage.rows(mask.row_start, q_len, kv_len, col_start=mask.col_start)
-        return out.with_words(mask.kv_valid)
-    q_offset, kv_offset = mask.q_offset + mask.row_start, mask.kv_offset + mask.col_start
-    own = mask.pattern
-    if own is None and mask.is_known:
-        sizes = (n if n > 1 else None for n in mask.pattern_id.shape)
-        own = Custom(mask_function(mask.with_words(None)), *sizes)
-    if own is None:
-        bare = mask.with_words(None).to_dense()
-        allowed = bare & _values(extra, bare.shape, q_offset, kv_offset, device)
-        return SparseMask(q_len, kv_len, *structure_of(allowed), kv_valid=mask.kv_valid)
-    q_offset, kv_offset = int(q_offset), int(kv_offset)
-    require_positions(extra, max(q_offset + q_len, kv_offset + kv_len if q_len > 1 else 0))
-    if lasting:
-        pattern = _conjunction(mask.pattern, extra)
-        out = mask_for(pattern, q_len, kv_len, q_offset, kv_offset, device=device)
-    else:
-        pattern = own & extra
-        out = SparseMask.from_pattern(
-            pattern, q_len, kv_len, q_offset=q_offset, kv_offset=kv_offset, device=device
-        )
-    return out.with_words(mask.kv_valid)
-
-
-def require_positions(pattern: Pattern, count: int) -> None:
-    """Raise MaskError where a pattern made from a tensor is shorter than the sequence."""
-    if isinstance(pattern, (And, Or)):
-        for part in pattern.patterns:
-            require_positions(part, count)
-    elif isinstance(pattern, Not):
-        require_positions(pattern.pattern, count)
-    elif isinstance(pattern, (Dense, Documents)):
-        shape = pattern.mask.shape[-2:] if isinstance(pattern, Dense) else (len(pattern.ids[0]),)
-        if min(shape) < count:
-            raise MaskError(
-                f"the pattern {type(pattern).__name__} is for {min(shape)} positions, the sequence "
-                f"has {count}: set one that covers the whole sequence"
-            )
-
-
-@lru_cache(maxsize=64)
-def _conjunction(a: Pattern, b: Pattern) -> Pattern:
-    return a & b
-
-
-def _values(
-    pattern: Pattern,
-    shape: torch.Size,
-    q_offset: int | torch.Tensor,
-    kv_offset: int | torch.Tensor,
-    device: torch.device,
-) -> torch.Tensor:
-    """The pattern as a dense tensor for a mask of the given shape [B, 1 or H, Sq, Sk]."""
-    batch = torch.arange(shape[0], device=device)[:, None, None, None]
-    head = torch.arange(pattern.heads or 1, device=device)[:, None, None]
-    q = torch.arange(shape[2], device=device)[:, None] + q_offset
-    k = torch.arange(shape[3], device=device) + kv_offset
-    # As builders do: random blocks depend on the number of positions, not of keys at hand.
-    bound = pattern if pattern.length_free else pattern.bind(int(kv_offset) + shape[3])
-    return bound(batch, head, q, k)
-
-
-def _by_content(pattern: Pattern) -> bool:
-    """Whether a pattern's fingerprint is cheap and lasting, so that its masks are worth keeping."""
-    if isinstance(pattern, (And, Or)):
-        return all(_by_content(p) for p in pattern.patterns)
-    if isinstance(pattern, Not):
-        return _by_content(pattern.pattern)
-    return not isinstance(pattern, (Documents, Custom, Dense)) and pattern.serializable
-
-
-def _traced_with_pattern(mask: TracedMask, stamp: Stamp) -> TracedMask:
-    place = (mask.kv_valid, mask.q_offset, mask.kv_offset)
-    if mask.allowed is None:
-        return TracedMask(mask.shape, both(mask.pattern, stamp.required_text()), None, *place)
-    device = mask.allowed.device
-    allowed = mask.allowed & _values(
-        stamp.pattern, mask.shape, mask.q_offset, mask.kv_offset, device
-    )
-    return TracedMask(mask.shape, None, allowed, *place)

@@ -5,17 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 #: Kernels for views work row by row, which suits few rows only.
 FEW_ROWS = 16
+
+_ADD = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_JOIN = {"cat", "concat", "concatenate"}
 
 
 class ActsAsTensor:
     """Mixin: tensor operations on the mask work on its dense bool form, [B, H, Sq, Sk].
 
     A few models compute with their mask outside attention (an indexer that selects keys, a pooling
-    head). They get what they would get from sdpa's mask, at its price.
+    head). They get what they would get from sdpa's mask, at its price. Where they add it to floats
+    or append floats to it, they mean eager attention's: 0 where allowed, else the least number.
     """
 
     def to_dense(self) -> torch.Tensor:
@@ -25,10 +29,27 @@ class ActsAsTensor:
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        def dense(x: Any) -> Any:
-            return x.to_dense() if isinstance(x, ActsAsTensor) else x
+        name = getattr(func, "__name__", "")
+        floats = [
+            x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()
+        ]
 
-        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+        def dense(x: Any) -> Any:
+            if not isinstance(x, ActsAsTensor):
+                return x
+            allowed = x.to_dense()
+            if not floats or name not in _ADD | _JOIN:
+                return allowed
+            zero = torch.zeros((), dtype=floats[0].dtype, device=allowed.device)
+            return torch.where(allowed, zero, torch.finfo(zero.dtype).min)
+
+        args, kwargs = tree_map(dense, args), tree_map(dense, kwargs or {})
+        if name in _JOIN and (args[1:] or (kwargs.get("dim", 0),))[0]:
+            # A mask that is the same for the whole batch holds it once.
+            batch = max(x.shape[0] for x in args[0])
+            joined = [x if x.shape[0] > 1 else x.expand(batch, *x.shape[1:]) for x in args[0]]
+            args = (joined, *args[1:])
+        return func(*args, **kwargs)
 
     def __getitem__(self, index: Any) -> Any:
         """A dense tensor; but all keys of a few queries, as Gemma 4 takes them, stay a mask."""

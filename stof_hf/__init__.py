@@ -61,6 +61,17 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+def _patch(module: ModuleType) -> None:
+    from stof_hf.hf.own import patch
+
+    patch(module)
+
+
+# Registered before Transformers is imported: a pickle may import a family's module first of all.
+for _family in import_module("stof_hf.patches").OWN_ATTENTION:
+    wrapt.register_post_import_hook(_patch, f"transformers.models.{_family}.modeling_{_family}")
+
+
 @wrapt.when_imported("transformers.modeling_utils")
 def _register(_: ModuleType) -> None:
     from stof_hf.hf import register

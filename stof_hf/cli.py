@@ -85,6 +85,48 @@ def build(
     console.print(f"{len(kernels)} kernel libraries are ready; the cache is {jit.cache_dir()}")
 
 
+@app.command()
+def models(
+    types: Annotated[
+        str | None, typer.Option(help="Such as bert,llama; all model types by default.")
+    ] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+    markdown_path: Annotated[
+        Path | None, typer.Option("--markdown", help="Save the table here.")
+    ] = None,
+) -> None:
+    """Compare "stof" with eager attention on a tiny model of each model type of Transformers.
+
+    The exit status is 1 where a model type silently differs from eager, or fails without a clear
+    error.
+    """
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from .audit import audit, markdown, model_types, summary
+    from .audit.report import outcome_of
+
+    known = model_types()
+    names = known if types is None else types.split(",")
+    if unknown := set(names) - set(known):
+        raise typer.BadParameter(f"Transformers has no model type {unknown.pop()!r}")
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("model types", total=len(names))
+        data = audit(names, json_path=json_path, done=lambda *_: progress.advance(task))
+    if markdown_path is not None:
+        markdown_path.write_text(markdown(data))
+    for name, result in data["types"].items():
+        outcome, reason = outcome_of(result)
+        if types is not None or outcome in ("WRONG", "crash", "ignored"):
+            console.print(f"{name}: {outcome} {reason}".rstrip(), highlight=False, markup=False)
+    counts = summary(data)
+    console.print(", ".join(f"{name} {count}" for name, count in counts.items()), highlight=False)
+    if counts.get("WRONG") or counts.get("crash"):
+        raise typer.Exit(1)
+
+
 PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
 
 
@@ -289,6 +331,25 @@ def bench_decode(
     sizes = _numbers(batch) or decode.BATCH, _numbers(cached) or decode.CACHED
     data = decode.run(*sizes, device=default_device(device), json_path=json_path)
     console.print(decode.table(data))
+
+
+@bench_app.command("own")
+def bench_own(
+    models: Annotated[str | None, typer.Option(help="Such as longformer,big_bird.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 4096.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time a forward of Longformer and BigBird by their own code and by ours, at real sizes."""
+    from .bench import own
+    from .bench.attention import default_device
+
+    names = models.split(",") if models else ("longformer", "big_bird")
+    sizes = _numbers(batch) or own.BATCH, _numbers(seq_len) or own.TOKENS
+    console.print(
+        own.table(own.run(names, *sizes, device=default_device(device), json_path=json_path))
+    )
 
 
 def main() -> None:

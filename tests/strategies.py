@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 
@@ -111,6 +112,14 @@ def random_blocks(draw, kv_end):
     )
 
 
+@st.composite
+def block_tables(draw, heads, q_end, kv_end):
+    size = draw(st.sampled_from([7, 16, 64, 100]))
+    shape = (draw(st.sampled_from([1, heads])), -(-q_end // size), -(-kv_end // size))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    return patterns.BlockTable(rng.random(shape) < draw(st.sampled_from([0.1, 0.5, 0.9])), size)
+
+
 def leaves(batch, heads, q_end, kv_end):
     end = max(q_end, kv_end)
     small = st.integers(0, 100)
@@ -124,10 +133,12 @@ def leaves(batch, heads, q_end, kv_end):
         st.builds(patterns.Chunked, st.integers(1, 150)),
         st.builds(patterns.PrefixLM, st.integers(0, end)),
         st.builds(patterns.GlobalTokens, tokens),
+        st.builds(patterns.GlobalKeys, tokens),
         st.builds(patterns.Longformer, small, tokens),
         st.builds(patterns.BigBird, small, tokens, drawn, st.just(64), small),
         random_blocks(kv_end),
         documents(batch, end),
+        block_tables(heads, q_end, kv_end),
         customs(batch, heads),
         denses(batch, heads, q_end, kv_end),
     )

@@ -1,5 +1,6 @@
 """What only a CUDA GPU shows: no hidden synchronisation, CUDA graphs, gradients, equal masks."""
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,9 @@ CLOSED_FORM = [
     patterns.BigBird(64, (0,), 2),
     patterns.Documents([i // 100 for i in range(1000)]) & patterns.Causal(),
     ~patterns.Chunked(300),
+    patterns.SlidingWindow(100, 100) | patterns.GlobalKeys((3, 700)),
+    patterns.BlockTable(np.random.default_rng(0).random((2, 16, 16)) < 0.3, 64),
+    patterns.BlockTable(np.random.default_rng(0).random((1, 30, 30)) < 0.3, 35),
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 

@@ -66,6 +66,8 @@ def test_random_blocks(blocks, size, seed, fill, causal, offset):
         p.GlobalTokens(range(0, 700, 3)),
         p.GlobalTokens((FAR, 5)),
         p.GlobalTokens(()),
+        p.GlobalKeys(range(0, 700, 3)) & ~p.GlobalTokens((5, FAR)),
+        p.GlobalKeys(()),
         p.RandomBlocks(1, 10**14),
         p.Documents(IDS) & p.Causal(),
         p.Documents(IDS.T.contiguous().T),

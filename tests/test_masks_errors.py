@@ -31,6 +31,8 @@ PER_BATCH = SparseMask.from_dense(torch.ones(2, 1, 8, 8, dtype=torch.bool))
         (lambda: p.Longformer(4, (0, 1.5)), "global_tokens must be positions of at least 0"),
         (lambda: p.Longformer(4, 0), r"such as \(0, 1\), not 0"),
         (lambda: p.GlobalTokens(("a",)), "tokens must be positions"),
+        (lambda: p.BlockTable(np.zeros((2, 2), bool), 4), "a table of blocks must hold booleans"),
+        (lambda: p.BlockTable(np.zeros((1, 2, 2), bool), 0), "block_size must be a whole number"),
         (lambda: p.BigBird(-1), "window must be a whole number"),
         (lambda: p.BigBird(1, (0,), -3), "blocks must be a whole number of at least 0, not -3"),
         (lambda: p.BigBird(1, block_size=0), "block_size must be a whole number of at least 1"),

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,11 @@ def in_window(q, k):
         (patterns.Chunked(60), lambda q, k: q // 60 == k // 60),
         (patterns.PrefixLM(70), lambda q, k: k <= q or k < 70),
         (patterns.GlobalTokens((3, 100)), lambda q, k: q in (3, 100) or k in (3, 100)),
+        (patterns.GlobalKeys((3, 100)), lambda q, k: k in (3, 100)),
+        (
+            patterns.BlockTable(np.eye(4, k=1, dtype=bool)[None], 30),
+            lambda q, k: k // 30 == q // 30 + 1 < 4,
+        ),
         (patterns.Longformer(9, (0,)), lambda q, k: in_window(q, k) or q == 0 or k == 0),
         (patterns.Documents(IDS), lambda q, k: IDS[q] == IDS[k]),
         (patterns.Documents([0, -1, 0]), lambda q, k: q in (0, 2) and k in (0, 2)),

@@ -1,7 +1,7 @@
 """Which models may load with "stof": a wrapper of two methods of Transformers' PreTrainedModel.
 
 Transformers lets every model load with any registered attention name, also those that compute
-attention on their own and never look at it (Longformer, BigBird, BLOOM). Such a model would run as
+attention on their own and never look at it (BLOOM, Reformer). Such a model would run as
 before and look as if it were sparse. The wrappers below add to Transformers' own check, which runs
 in every model's constructor and in `set_attn_implementation`:
 
@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StofWarning, UnsupportedError
-from . import patching
+from . import own, patching
 
 _NAMES = ("stof", "paged|stof")
 _ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
@@ -140,14 +140,16 @@ def obstacle(cls: type) -> str | None:
     return _EXTENDS if any(_extends_mask(c) for c in _attention_classes(cls)) else None
 
 
-@functools.cache
 def uses_interface(cls: type) -> bool:
     """Whether a model class's attention goes through Transformers' attention interface.
 
     Looks at the attention classes of the module that defines the class: at the names that their
     code refers to, not at source text, which notebooks and frozen applications lack. A module
-    without attention classes is taken to combine models that are checked on their own.
+    without attention classes is taken to combine models that are checked on their own. Families
+    that have a patch for their own attention are told apart by that.
     """
+    if (served := own.serves(cls)) is not None:
+        return served
     layers = _attention_classes(cls)
     return not layers or any(_interface_calls(c) for c in layers)
 

@@ -11,7 +11,7 @@ from ..masks.bits import TILE
 from ..masks.cache import mask_for
 from ..masks.convert import mask_function
 from ..masks.pattern import And, Not, Or, Pattern
-from ..masks.patterns import Custom, Dense, Documents
+from ..masks.patterns import BlockTable, Custom, Dense, Documents
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask, both, structure_of
 from .patching import Stamp
@@ -93,8 +93,12 @@ def require_positions(pattern: Pattern, count: int) -> None:
             require_positions(part, count)
     elif isinstance(pattern, Not):
         require_positions(pattern.pattern, count)
-    elif isinstance(pattern, (Dense, Documents)):
-        shape = pattern.mask.shape[-2:] if isinstance(pattern, Dense) else (len(pattern.ids[0]),)
+    elif isinstance(pattern, (BlockTable, Dense, Documents)):
+        if isinstance(pattern, BlockTable):
+            shape = [n * pattern.block_size for n in pattern.table.shape[1:]]
+        else:
+            dense = isinstance(pattern, Dense)
+            shape = pattern.mask.shape[-2:] if dense else (len(pattern.ids[0]),)
         if min(shape) < count:
             raise MaskError(
                 f"the pattern {type(pattern).__name__} is for {min(shape)} positions, the sequence "

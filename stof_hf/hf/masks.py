@@ -22,6 +22,7 @@ from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask, structure_of
 from .combine import derive
+from .own import mask_for_own_code
 from .patching import active
 from .recognise import chunks_from_zero, closed_form_text, pattern_of
 from .symbolic import is_opaque, names_tensor, recognise
@@ -63,6 +64,14 @@ def stof_mask(
     right, and does not read padding on a GPU to find out whether it is all ones.
     """
     device = torch.device(device)
+    dense = mask_for_own_code(
+        kwargs.get("config"), batch_size=batch_size, q_length=q_length, kv_length=kv_length,
+        q_offset=q_offset, kv_offset=kv_offset, mask_function=mask_function,
+        attention_mask=attention_mask, dtype=kwargs.get("dtype", torch.float32),
+        allow_is_bidirectional_skip=allow_is_bidirectional_skip, use_vmap=use_vmap, device=device,
+    )  # fmt: skip
+    if dense is not None:
+        return dense
     if isinstance(attention_mask, Pattern):
         if torch.compiler.is_compiling():
             raise UnsupportedError(

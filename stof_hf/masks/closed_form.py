@@ -86,6 +86,7 @@ _CODES: dict[type, Callable[[Any], list[int] | None]] = {
     patterns.Dilated: _dilated,
     patterns.Chunked: lambda p: [_CHUNKS, _near(p.size)],
     patterns.PrefixLM: lambda p: [_BAND, -_FAR, 0, _KEYS, *_ranges([(0, p.prefix)]), _OR, 2],
+    patterns.GlobalKeys: lambda p: [_KEYS, *_ranges(p.ranges)],
     patterns.GlobalTokens: _global_tokens,
     patterns.Longformer: lambda p: program(p.composed),
     patterns.BigBird: lambda p: program(p.composed),

@@ -1,4 +1,4 @@
-"""Patterns given by the caller element by element: as a function or as a tensor."""
+"""Patterns given by the caller element by element: as a function, a tensor, a table of blocks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import MaskError
-from .pattern import Index, Pattern, whole
+from .intervals import Intervals
+from .pattern import Index, Pattern, Rows, whole
 
 _serial = itertools.count()
 
@@ -113,3 +116,76 @@ class Dense(Pattern):
     def fingerprint(self) -> str:
         text = f"Dense({id(self.mask)},{self._version})"  # type: ignore[attr-defined]
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable(Pattern):
+    """Blocks of queries that see whole blocks of keys, as a table says; nothing lies beyond it.
+
+    Args:
+        table: bool array [H or 1, query blocks, key blocks], True where attention is allowed.
+        block_size: tokens in a block, of queries and of keys.
+    """
+
+    table: np.ndarray = field(repr=False)
+    block_size: int
+
+    def __post_init__(self) -> None:
+        whole("block_size", self.block_size, 1)
+        table = np.array(self.table)
+        if table.ndim != 3 or table.size == 0 or table.dtype != bool:
+            raise MaskError(
+                "a table of blocks must hold booleans [heads or 1, query blocks, key blocks], not "
+                f"{list(table.shape)} of {table.dtype}"
+            )
+        table.setflags(write=False)
+        object.__setattr__(self, "table", table)
+        object.__setattr__(self, "heads", len(table) if len(table) > 1 else None)
+        object.__setattr__(self, "_on", {})
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        device = torch.as_tensor(q).device
+        if device not in self._on:  # type: ignore[attr-defined]
+            self._on[device] = torch.tensor(self.table, device=device)  # type: ignore[attr-defined]
+        table = self._on[device]  # type: ignore[attr-defined]
+        row, col = torch.as_tensor(q) // self.block_size, torch.as_tensor(k) // self.block_size
+        inside = (row < table.shape[1]) & (col < table.shape[2])
+        row, col = row.clamp(max=table.shape[1] - 1), col.clamp(max=table.shape[2] - 1)
+        return table[h if self.heads else 0, row, col] & inside
+
+    def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
+        size, table = self.block_size, self.table
+        head = rows.head if self.heads else np.zeros_like(rows.head)
+        top, bottom = rows.first // size, rows.last // size
+        some = np.zeros((rows.count, table.shape[2]), bool)
+        every = np.ones_like(some)
+        for step in range(int((bottom - top).max(initial=0)) + 1):
+            row = top + step
+            held = table[head, np.minimum(row, table.shape[1] - 1)]
+            held &= (row < table.shape[1])[:, None]
+            used = (row <= bottom)[:, None]
+            some |= held & used
+            every &= held | ~used
+        # Several runs may touch one tile.
+        return rows.touched(*self._keys(some)).ascending(), rows.inside(*self._keys(every))
+
+    def _keys(self, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Runs of True in each row of bool [N, key blocks], as key intervals [N, runs]."""
+        steps = np.diff(np.pad(held, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        row, begin = np.nonzero(steps == 1)
+        _, end = np.nonzero(steps == -1)
+        count = np.bincount(row, minlength=len(held))
+        place = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        lo, hi = np.zeros((2, len(held), max(1, count.max(initial=0))), np.int64)
+        lo[row, place], hi[row, place] = begin * self.block_size, end * self.block_size
+        return lo, hi
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "type": type(self).__name__, "table": self.table.tolist(), "block_size": self.block_size
+        }  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        text = f"BlockTable({self.table.shape},{self.block_size})".encode()
+        return hashlib.sha256(text + self.table.tobytes()).hexdigest()[:24]

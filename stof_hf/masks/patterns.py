@@ -17,15 +17,15 @@ import torch
 
 from .bits import TILE, words_per
 from .documents import Documents
-from .given import Custom, Dense
+from .given import BlockTable, Custom, Dense
 from .intervals import Intervals
 from .pattern import And, Index, Not, Or, Pattern, Rows, positions, whole
 from .random_blocks import RandomBlocks
 
 __all__ = [
-    "And", "BigBird", "Causal", "Chunked", "Custom", "Dense", "Dilated", "Documents", "Full",
-    "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM", "RandomBlocks",
-    "SlidingWindow",
+    "And", "BigBird", "BlockTable", "Causal", "Chunked", "Custom", "Dense", "Dilated", "Documents",
+    "Full", "GlobalKeys", "GlobalTokens", "Longformer", "Not", "Or", "Pattern", "PrefixLM",
+    "RandomBlocks", "SlidingWindow",
 ]  # fmt: skip
 
 
@@ -150,9 +150,7 @@ class PrefixLM(Pattern):
 
 
 @dataclass(frozen=True, eq=False)
-class GlobalTokens(Pattern):
-    """A token of `tokens` attends to all keys and is attended to by all queries."""
-
+class _Tokens(Pattern):
     tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -176,16 +174,9 @@ class GlobalTokens(Pattern):
             held = held | ((x >= a) & (x < b))
         return held
 
-    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
-        return self._holds(q) | self._holds(k)
-
     def _rows(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """(holds a global query, holds only global queries) of each tile row."""
-        some, every = np.zeros(rows.count, bool), np.zeros(rows.count, bool)
-        for a, b in self.ranges:
-            some |= (rows.first < b) & (rows.last >= a)
-            every |= (rows.first >= a) & (rows.last < b)
-        return some, every
+        """(tile rows with a query that sees all keys, tile rows with only such queries)."""
+        raise NotImplementedError
 
     def structure(self, rows: Rows) -> tuple[Intervals, Intervals]:
         some, every = self._rows(rows)
@@ -200,6 +191,30 @@ class GlobalTokens(Pattern):
             if lo < hi:
                 column[lo:hi] = np.arange(lo, hi) + 1
         return np.where(some[row], row + 1, 0) * (rows.tiles + 1) + column[tile]
+
+
+class GlobalTokens(_Tokens):
+    """A token of `tokens` attends to all keys and is attended to by all queries."""
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        return self._holds(q) | self._holds(k)
+
+    def _rows(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        some, every = np.zeros(rows.count, bool), np.zeros(rows.count, bool)
+        for a, b in self.ranges:
+            some |= (rows.first < b) & (rows.last >= a)
+            every |= (rows.first >= a) & (rows.last < b)
+        return some, every
+
+
+class GlobalKeys(_Tokens):
+    """Every query may attend to the keys at `tokens`."""
+
+    def __call__(self, b: Index, h: Index, q: Index, k: Index) -> torch.Tensor:
+        return self._holds(k) & (q == q)
+
+    def _rows(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(rows.count, bool), np.zeros(rows.count, bool)
 
 
 class _Composed(Pattern):

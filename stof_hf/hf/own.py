@@ -1,0 +1,153 @@
+"""Models whose attention does not go through Transformers' interface, made to look at its name.
+
+A patch (stof_hf/patches) gives functions that take the place of methods of such a family's classes.
+They run where the configuration says "stof"; else the method is the family's own, so that switching
+back with `set_attn_implementation("eager")` leaves nothing behind. Parameters stay where they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.masking_utils import eager_mask
+
+from ..errors import StofWarning, UnsupportedError
+from ..masks.sparse_mask import SparseMask
+from ..patches import OWN_ATTENTION
+from . import attention
+from .patching import pending, stamp_pending, stamp_pending_traced
+
+# How many of the queries' rows a family's own code uses of the masks that it asks for.
+_MASK_ROWS = {"longformer": 1, "led": None}
+
+_served: set[str] = set()
+
+
+def patch(module: ModuleType) -> None:
+    """Patch a family's module, once it is imported; a second call changes nothing."""
+    # Importing it registers "stof", which imports this module.
+    from transformers.modeling_utils import PreTrainedModel
+
+    family = module.__name__.split(".")[-2]
+    if family in _served:
+        return
+    methods = importlib.import_module(f"stof_hf.patches.{OWN_ATTENTION[family]}").METHODS[family]
+    found = {}
+    for path, function in methods.items():
+        cls, name = path.split(".")
+        original = vars(getattr(module, cls, None) or object).get(name)
+        if original is None or not _fits(function, original):
+            return  # another version than the patch was written for, which is refused as before
+        found[path] = (getattr(module, cls), name, original, function)
+    for cls, name, original, function in found.values():
+        setattr(cls, name, _switch(original, function))
+    for cls in vars(module).values():
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            # Transformers reads the module's source to see whether its attention can be switched.
+            cls._can_set_attn_implementation_cached_value = True
+    _served.add(family)
+
+
+def _fits(function: Callable[..., Any], original: Callable[..., Any]) -> bool:
+    """Whether a patch's function, which takes the original first, names the same arguments."""
+    own, _, *wanted = inspect.signature(function).parameters
+    taken = list(inspect.signature(original).parameters)
+    return wanted == ["args", "kwargs"] or [own, *wanted] == taken
+
+
+def _switch(original: Callable[..., Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        config = getattr(self, "config", None)
+        if config is None or config._attn_implementation != "stof":
+            return original(self, *args, **kwargs)
+        return function(self, original, *args, **kwargs)
+
+    return method
+
+
+def serves(cls: type) -> bool | None:
+    """Whether "stof" computes the attention of a model class that does it on its own.
+
+    None for classes of all other families.
+    """
+    modules = {base.__module__ for base in cls.__mro__}
+    for family in OWN_ATTENTION:
+        if f"transformers.models.{family}.modeling_{family}" in modules:
+            return family in _served
+    return None
+
+
+def mask_for_own_code(config: Any, **arguments: Any) -> torch.Tensor | None:
+    """The additive mask that a family's own code computes with; None where it is to be sparse."""
+    family = getattr(config, "model_type", None)
+    if family not in _served or family not in _MASK_ROWS:
+        return None
+    rows = _MASK_ROWS[family] or arguments.pop("q_length")
+    return eager_mask(**{**arguments, "q_length": rows})
+
+
+_warned: set[str] = set()
+
+
+def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: bool = False) -> bool:
+    """Whether the family's own code has to compute a layer, with one warning for each reason.
+
+    Raises UnsupportedError for a layer with a pattern of `set_pattern`.
+    """
+    if torch.compiler.is_compiling():
+        stamp_pending_traced()
+    elif pending:
+        stamp_pending()
+    if module.__dict__.get("_stof_stamp") is not None:
+        raise UnsupportedError(
+            f"{type(module).__name__} has a sparse pattern of its own, to which set_pattern cannot "
+            "add another: leave it out with set_pattern(..., modules=...)"
+        )
+    if output_attentions or (not torch.compiler.is_compiling() and attention._collects_weights()):
+        reason = "output_attentions=True asks for attention weights"
+    elif dropout and module.training:
+        reason = f"attention dropout is {dropout} in training (set it to 0 to train with stof)"
+    else:
+        return False
+    if reason not in _warned:
+        _warned.add(reason)
+        name = type(module).__name__
+        warnings.warn(f"{name} runs the model's own code: {reason}", StofWarning, stacklevel=5)
+    return True
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SparseMask | None
+) -> torch.Tensor:
+    """The op on [B, H, S, D] with the usual scale: [B, Sq, H * Dv], as layers project it."""
+    out = attention.attention_by_rows(
+        query, key, value, mask, None, softcap=0.0, bias=None, sinks=None
+    )
+    return out.flatten(2)
+
+
+class PerForward:
+    """A function of a tensor that all layers of a forward are called with, and of other arguments.
+
+    Each value is computed once for as long as the tensor lives, and outside of compiled graphs.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function, self.values = function, WeakIdKeyDictionary()
+
+    @torch.compiler.disable
+    def __call__(self, tensor: torch.Tensor, *args: Any) -> Any:
+        known = self.values.setdefault(tensor, {})
+        if args not in known:
+            known[args] = self.function(tensor, *args)
+        return known[args]

@@ -166,8 +166,7 @@ def full(
 def _additive(mask: Any, dtype: torch.dtype) -> torch.Tensor | None:
     if mask is None or isinstance(mask, torch.Tensor):
         return mask
-    allowed = mask.to_dense()
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    return mask.to_additive(dtype)
 
 
 def lend_configuration(self: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -385,7 +385,7 @@ def test_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from stof_hf.bench import own as bench
 
     monkeypatch.setattr(bench, "_TURNS", 1)
-    monkeypatch.setattr(bench, "_TURN_S", 0.0)
+    monkeypatch.setattr(bench, "_TURN_MS", 0.0)
     device, file = torch.device("cpu"), tmp_path / "own.json"
     small = {key: x for key, x in TEXT.items() if key != "max_position_embeddings"}
     options = {**small, "attention_window": 8, "block_size": 4}

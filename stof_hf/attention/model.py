@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -108,6 +109,7 @@ _BAND_STEP = 128
 _BAND_PASSED, _BAND_CUT = 0.3, 0.25
 
 
+@lru_cache(maxsize=256)
 def band_us(
     rows: int, copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int,
     together: int, dim: int, processors: int,

@@ -7,8 +7,8 @@ take turns.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import StofError
 from .attention import environment, save, source_hash
+from .timing import finished_times_ms
 
 __all__ = ["BATCH", "MODELS", "TOKENS", "run", "table"]
 
@@ -31,7 +32,7 @@ MODELS: dict[str, tuple[str, Any]] = {
     "bigbird_pegasus": ("BigBirdPegasus", lambda n: {"max_position_embeddings": n}),
 }
 _ENCODERS = ("led", "bigbird_pegasus")
-_TURNS, _TURN_S = 6, 0.1
+_TURNS, _TURN_MS = 6, 100
 #: Our output may be so much farther from fp32 than the own code's in the same dtype.
 _WORSE = 1.25
 
@@ -108,22 +109,11 @@ def _measure(
         return {**results, "status": "wrong"}
     for _ in range(_TURNS):
         for key, model in models.items():
-            results[key]["times_ms"] += _turn(model, given, device)
+            call = partial(model, **given)
+            results[key]["times_ms"] += finished_times_ms(call, device, _TURN_MS)
     for entry in results.values():
         entry["time_ms"] = statistics.median(entry.pop("times_ms"))
     return {**results, "status": "ok"}
-
-
-def _turn(model: nn.Module, given: dict[str, torch.Tensor], device: torch.device) -> list[float]:
-    """Milliseconds of calls after a first one, as many as fit."""
-    times: list[float] = []
-    while len(times) < 4 or sum(times[1:]) < _TURN_S * 1000:
-        begin = time.perf_counter()
-        model(**given)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append((time.perf_counter() - begin) * 1000)
-    return times[1:]
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 __all__ = [
-    "CapturedCall", "build_time_ms", "host_peak_mb", "host_time_us", "peak_memory_mb",
-    "replay_times_us", "wall_time_us",
+    "CapturedCall", "build_time_ms", "finished_times_ms", "host_peak_mb", "host_time_us",
+    "peak_memory_mb", "replay_times_us", "wall_time_us",
 ]  # fmt: skip
 
 Call = Callable[[], Any]
@@ -103,14 +103,22 @@ def build_time_ms(build: Call, device: torch.device) -> float:
 
     The median of those after a first that fit into 50 ms, of three at least.
     """
+    return statistics.median(finished_times_ms(build, device, 50))
+
+
+def finished_times_ms(call: Call, device: torch.device, total_ms: float) -> list[float]:
+    """Wall-clock times of calls in milliseconds, each until the GPU has done it.
+
+    Of those after a first that fit into `total_ms`, of three at least.
+    """
     times: list[float] = []
-    while len(times) < 4 or sum(times[1:]) < 0.05:
+    while len(times) < 4 or sum(times[1:]) < total_ms:
         begin = time.perf_counter()
-        build()
+        call()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:]) * 1e3
+        times.append((time.perf_counter() - begin) * 1e3)
+    return times[1:]
 
 
 def peak_memory_mb(call: Call) -> float:

@@ -25,23 +25,27 @@ class ActsAsTensor:
     def to_dense(self) -> torch.Tensor:
         raise NotImplementedError
 
+    def to_additive(self, dtype: torch.dtype) -> torch.Tensor:
+        """[B, H, Sq, Sk] as eager attention adds it: 0 where allowed, else the least number."""
+        allowed = self.to_dense()
+        zero = torch.zeros((), dtype=dtype, device=allowed.device)
+        return torch.where(allowed, zero, torch.finfo(dtype).min)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
         floats = [
-            x for x in tree_leaves(args) if isinstance(x, torch.Tensor) and x.is_floating_point()
+            x.dtype
+            for x in (tree_leaves(args) if name in _ADD | _JOIN else ())
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
         ]
 
         def dense(x: Any) -> Any:
             if not isinstance(x, ActsAsTensor):
                 return x
-            allowed = x.to_dense()
-            if not floats or name not in _ADD | _JOIN:
-                return allowed
-            zero = torch.zeros((), dtype=floats[0].dtype, device=allowed.device)
-            return torch.where(allowed, zero, torch.finfo(zero.dtype).min)
+            return x.to_additive(floats[0]) if floats else x.to_dense()
 
         args, kwargs = tree_map(dense, args), tree_map(dense, kwargs or {})
         if name in _JOIN and (args[1:] or (kwargs.get("dim", 0),))[0]:

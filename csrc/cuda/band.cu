@@ -60,7 +60,7 @@ struct Band {
   const float* sinks;
   float* lse;
   Divisor section, together, last_together, heads, group;
-  int n_items, n_sections, tiles, n_heads, q_len, kv_len;
+  int n_items, n_sections, n_heads, q_len, kv_len;
   int lower, upper;  // query i sees keys i + lower .. i + upper
   float scale;       // of the scores, whose exponentials are to base 2
 };
@@ -404,7 +404,6 @@ const char* run(const Problem& p, cudaStream_t stream) {
                   Divisor(p.heads / p.kv_heads),
                   copies * tiles,
                   sections,
-                  tiles,
                   (int)p.heads,
                   (int)p.q_len,
                   (int)p.kv_len,

@@ -14,6 +14,7 @@ from ..masks.patterns import Causal, Full, SlidingWindow
 from ..masks.sparse_mask import SparseMask
 from . import select
 from .cuda_problem import Call, aligned
+from .model import BandForm
 
 #: Lengths, offsets and reaches that the kernel counts with.
 _MOST = 1 << 28
@@ -72,25 +73,19 @@ def band_of(pattern: Pattern | None) -> tuple[int, int] | None:
     return None
 
 
-def pairs_heads(q: torch.Tensor, k: torch.Tensor) -> bool:
-    """Whether two blocks may compute heads that share keys side by side: with a head size of 128
-    what blocks of their own read takes all that L2 delivers."""
-    return q.shape[3] == 128 and q.shape[1] // k.shape[1] % 2 == 0
-
-
 class BandCall(Call):
     """A prepared call of the band kernel."""
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        sinks: torch.Tensor | None, scale: float, with_lse: bool = True, rows: int | None = None,
-        pair: bool | None = None,
+        sinks: torch.Tensor | None, scale: float, with_lse: bool = True,
+        form: BandForm | None = None,
     ):  # fmt: skip
         super().__init__("band", q.shape[3], q, k, v, mask, None, sinks, scale, 0.0, with_lse)
         p = self.problem
         p.left, p.right = band = band_of(mask.pattern)
         p.offset = mask.q_offset - mask.kv_offset
         p.grid = select.multiprocessors(q.device)
-        p.rows = rows or select.band_rows(q, k, mask, band)
-        p.two_heads = pairs_heads(q, k) if pair is None else pair
+        p.rows, heads = form or select.band_form(q, k, mask, band)
+        p.two_heads = heads == 2
         p.together = select.band_together(q, k)

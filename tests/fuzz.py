@@ -181,11 +181,11 @@ class Case:
                 call = cuda.BlockCall(family, q, k, v, mask, wide, sinks, *rest, config)
                 yield f"{family} {config}", partial(self._run, call, wide, sinks)
         if cuda_band.computes(q, k, v, mask, wide, *rest):
-            for rows in (128, 192) if self.dim == 64 else (128,):
-                call = cuda_band.BandCall(q, k, v, mask, sinks, self.scale, rows=rows)
-                call.problem.grid = rng.choice([1, 8, 132])
+            for form in select.band_forms(q, k):
+                call = cuda_band.BandCall(q, k, v, mask, sinks, self.scale, form=form)
+                call.problem.grid = rng.choice([form.heads, 9, 132])
                 call.problem.together = rng.randrange(1, self.batch * self.heads + 1)
-                yield f"band {rows}", partial(self._run, call, wide, sinks)
+                yield f"band {form}", partial(self._run, call, wide, sinks)
         if cuda_decode.prepare(q, k, v, mask, wide, sinks, *rest) is not None:
             for splits in rng.sample([1, 2, 7, 8, 40], 2):
                 call = cuda_decode.DecodeCall(q, k, v, mask, wide, sinks, *rest, splits)

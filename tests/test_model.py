@@ -41,7 +41,8 @@ def test_the_model_chooses_about_the_best_of_what_was_measured(monkeypatch):
                 ahead = select.cudnn_is_ahead(q, k, mask, cell.mask == "causal", band)
                 return 0.0 if ahead else float("inf")
             if name.startswith("band"):
-                return select._band_us(int(name.split()[1]), q, k, mask, band)
+                form = model.BandForm(*map(int, name.split()[1:]))
+                return select._band_us(form, q, k, mask, band)
             return model.launch_us(name, mask, cell.batch * cell.heads, cell.head_dim, 2, 132)
 
         regrets.append(times[min(times, key=predicted)] / min(times.values()))

@@ -78,7 +78,8 @@ def test_bands(families, monkeypatch):
     "rows, copies, length, together", [(192, 12, 4096, 12), (192, 24, 1000, 7), (128, 24, 1000, 7)]
 )
 def test_the_time_of_a_band_is_that_of_its_busiest_block(band, rows, copies, length, together):
-    start, item, step = model.BAND[False, rows]
+    form = model.BandForm(rows)
+    start, item, step = model.BAND[False][form]
 
     def seen(row):
         """Steps that 64 rows compute, and of them those that not all rows see all of."""
@@ -101,7 +102,7 @@ def test_the_time_of_a_band_is_that_of_its_busiest_block(band, rows, copies, len
     for i, time in enumerate(items):
         turn, block = divmod(i, 132)
         blocks[131 - block if turn % 2 else block] += time
-    got = model.band_us(rows, copies, length, length, band, 0, together, 64, 132)
+    got = model.band_us(form, copies, length, length, band, 0, together, 64, 132)
     assert got == pytest.approx(start + max(blocks))
 
 

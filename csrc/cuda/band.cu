@@ -8,6 +8,8 @@
 // and values that are released apart, and two buffers for queries. A consumer issues the scores of a
 // step, then the weighted values of the step before, and computes the softmax while the tensor cores
 // do the latter. Steps go from the last keys to the first: of a causal mask the diagonal comes first.
+// Clusters: where heads share keys, two blocks may compute two such heads side by side. Each loads half
+// of a step's keys and values for both, which halves what is read from L2.
 // Rows: tiles end at the last 64 rows. Of a causal mask the tile that has fewer rows than the others
 // sees the fewest keys then.
 // Order: the longest items first within heads that L2 holds together; every other round of blocks is
@@ -24,11 +26,14 @@
 namespace stof {
 namespace {
 
-template <int D, int Groups>
+template <int D, int Groups, int Cluster>
 struct Config {
+  static constexpr int kDim = D;
+  static constexpr int kCluster = Cluster;  // blocks that share keys
   static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
   static constexpr int kGroups = Groups;
   static constexpr int kKeys = 128;
+  static constexpr int kBoxKeys = kKeys / kCluster;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kQueries = 2;  // buffers, handed back an item later
   static constexpr bool kTurns = kGroups == 3;
@@ -38,9 +43,8 @@ struct Config {
   static constexpr int kProducerRegisters = kGroups == 3 ? 32 : 24, kConsumerRegisters = kGroups == 3 ? 160 : 240;
 };
 
-template <typename T, int D, int Groups>
+template <typename T, typename C>
 struct Shared {
-  using C = Config<D, Groups>;
   alignas(1024) T query[C::kQueries][C::kGroups][C::kChunks][64][64];
   alignas(1024) T key[C::kStages][C::kChunks][C::kKeys][64];
   alignas(1024) T value[C::kStages][C::kChunks][C::kKeys][64];
@@ -56,7 +60,7 @@ struct Band {
   const float* sinks;
   float* lse;
   Divisor section, together, last_together, heads, group;
-  int n_items, n_sections, tiles, n_heads, q_len, kv_len;
+  int n_items, n_sections, n_heads, q_len, kv_len;
   int lower, upper;  // query i sees keys i + lower .. i + upper
   float scale;       // of the scores, whose exponentials are to base 2
 };
@@ -66,7 +70,7 @@ struct Tile {
   int row, batch, head;
 };
 
-template <int Rows>
+template <typename C>
 __device__ __forceinline__ Tile locate(const Band& a, int item) {
   const int section = a.section.divide(item);
   item -= section * a.section.by;
@@ -74,9 +78,9 @@ __device__ __forceinline__ Tile locate(const Band& a, int item) {
   const int row = last ? a.last_together.divide(item) : a.together.divide(item);
   const int copy = section * a.together.by + item - row * (last ? a.last_together.by : a.together.by);
   Tile t;
-  t.row = (a.q_len + 63) / 64 * 64 - (row + 1) * Rows;
+  t.row = (a.q_len + 63) / 64 * 64 - (row + 1) * C::kRows;
   t.batch = a.heads.divide(copy);
-  t.head = copy - t.batch * a.n_heads;
+  t.head = (copy - t.batch * a.heads.by) * C::kCluster + blockIdx.x % C::kCluster;
   return t;
 }
 
@@ -95,24 +99,39 @@ __device__ __forceinline__ Range steps_of(const Band& a, int row, int n) {
   return range;
 }
 
-// Round r of the blocks takes items r * grid on, every other round in reverse.
-__device__ __forceinline__ int item_of(int round) {
-  const int block = round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-  return round * gridDim.x + block;
+// The items of a block, or of those of a cluster: round r of n takes items r n to (r + 1) n - 1, every
+// other round in reverse. f(tile) for each.
+template <typename C, typename F>
+__device__ __forceinline__ void for_items(const Band& a, F f) {
+  const int n = gridDim.x / C::kCluster, own = blockIdx.x / C::kCluster;
+  for (int first = 0, round = 0; first < a.n_items; first += n, ++round) {
+    const int item = first + (round % 2 ? n - 1 - own : own);
+    if (item < a.n_items) f(locate<C>(a, item));
+  }
 }
 
-template <typename T, int D, int Groups>
-__device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
-  using C = Config<D, Groups>;
-  constexpr int kStepBytes = C::kKeys * D * (int)sizeof(T), kGroupBytes = 64 * D * (int)sizeof(T);
+template <typename T, typename C>
+__device__ void produce(const Maps& maps, const Band& a, Shared<T, C>& s) {
+  constexpr int kStepBytes = C::kKeys * C::kDim * (int)sizeof(T), kGroupBytes = 64 * C::kDim * (int)sizeof(T);
+  const int rank = blockIdx.x % C::kCluster;
   Ring<C::kStages> keys, values;
   Ring<C::kQueries> q;
   cudaGridDependencySynchronize();
-  for (int round = 0;; ++round) {
-    const int item = item_of(round);
-    if (round * (int)gridDim.x >= a.n_items) return;
-    if (item >= a.n_items) continue;
-    const Tile t = locate<C::kRows>(a, item);
+  // This block's part of a step of keys or values.
+  auto load_step = [&](T (&to)[C::kChunks][C::kKeys][64], const CUtensorMap* map, uint64_t* full, int step, int kv_head,
+                       int batch) {
+    barrier_expect(full, kStepBytes);
+#pragma unroll
+    for (int c = 0; c < C::kChunks; ++c) {
+      T* box = to[c][rank * C::kBoxKeys];
+      const int key = step * C::kKeys + rank * C::kBoxKeys;
+      if (C::kCluster == 1)
+        load_box(box, map, full, 64 * c, key, kv_head, batch);
+      else
+        load_box_to_all(box, map, full, 64 * c, key, kv_head, batch, (1 << C::kCluster) - 1);
+    }
+  };
+  for_items<C>(a, [&](const Tile& t) {
     const int row = t.row, kv_head = a.group.divide(t.head), passed = max(0, -row / 64);
     barrier_wait(&s.query_empty[q.at], q.parity ^ 1);
     barrier_expect(&s.query_full[q.at], (C::kGroups - passed) * kGroupBytes);
@@ -126,28 +145,28 @@ __device__ void produce(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     for (int j = range.end - 1; j >= range.first - 1; --j) {
       if (j >= range.first) {
         barrier_wait(&s.key_empty[keys.at], keys.parity ^ 1);
-        barrier_expect(&s.key_full[keys.at], kStepBytes);
-#pragma unroll
-        for (int c = 0; c < C::kChunks; ++c)
-          load_box(s.key[keys.at][c], &maps.key, &s.key_full[keys.at], 64 * c, j * C::kKeys, kv_head, t.batch);
+        load_step(s.key[keys.at], &maps.key, &s.key_full[keys.at], j, kv_head, t.batch);
         keys.next();
       }
       if (j + 1 < range.end) {
         barrier_wait(&s.value_empty[values.at], values.parity ^ 1);
-        barrier_expect(&s.value_full[values.at], kStepBytes);
-#pragma unroll
-        for (int c = 0; c < C::kChunks; ++c)
-          load_box(s.value[values.at][c], &maps.value, &s.value_full[values.at], 64 * c, (j + 1) * C::kKeys, kv_head,
-                   t.batch);
+        load_step(s.value[values.at], &maps.value, &s.value_full[values.at], j + 1, kv_head, t.batch);
         values.next();
       }
+    }
+  });
+  // The other block's threads arrive here, too: this one's memory must be there until they have.
+  if constexpr (C::kCluster > 1) {
+    for (int i = 0; i < C::kStages; ++i, keys.next(), values.next()) {
+      barrier_wait(&s.key_empty[keys.at], keys.parity ^ 1);
+      barrier_wait(&s.value_empty[values.at], values.parity ^ 1);
     }
   }
 }
 
-template <typename T, int D, int Groups>
-__device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s) {
-  using C = Config<D, Groups>;
+template <typename T, typename C>
+__device__ void consume(const Maps& maps, const Band& a, Shared<T, C>& s) {
+  constexpr int D = C::kDim;
   constexpr int kChunkBytes = C::kKeys * 64 * (int)sizeof(T), kQueryChunkBytes = 64 * 64 * (int)sizeof(T);
   const int group = uniform(threadIdx.x / 128), thread = threadIdx.x % 128, lane = threadIdx.x % 32;
   const int own_row = thread / 32 * 16 + lane / 4;
@@ -157,6 +176,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
   auto release = [&](uint64_t* barrier) {
     __syncwarp();
     if (lane == 0) barrier_arrive(barrier);
+    if (C::kCluster == 2 && lane == 1) barrier_arrive_at(barrier, blockIdx.x % 2 ^ 1);
   };
 
   // Three groups take turns at issuing products, so that one's softmax runs while the tensor cores work
@@ -176,10 +196,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     stored = -1;
   };
 
-  for (int round = 0; round * (int)gridDim.x < a.n_items; ++round) {
-    const int item = item_of(round);
-    if (item >= a.n_items) continue;
-    const Tile t = locate<C::kRows>(a, item);
+  for_items<C>(a, [&](const Tile& t) {
     const int block_row = t.row, first_row = block_row + 64 * group;
     const Range all = steps_of<C::kKeys>(a, block_row, C::kRows), own = steps_of<C::kKeys>(a, first_row, 64);
     // Steps that every group computes, and none as its first.
@@ -196,6 +213,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     barrier_wait(&s.query_full[q.at], q.parity);
     const uint64_t queries = tile_descriptor(s.query[q.at][group], 0);
     auto skip = [&](int n) {
+#pragma unroll 1
       for (; n > 0; --n) {
         barrier_wait(&s.key_full[keys.at], keys.parity);
         release(&s.key_empty[keys.at]);
@@ -320,18 +338,17 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, D, Groups>& s
     }
     stored = q.at;
     q.next();
-  }
+  });
   hand_back();
   if (C::kTurns && group == 0) named_barrier(kTurn, 256);
 }
 
-template <typename T, int D, int Groups>
-__global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
+template <typename T, typename C>
+__global__ void __launch_bounds__(C::kThreads, 1)
     band_kernel(const __grid_constant__ Maps maps, const __grid_constant__ Band a) {
   extern __shared__ unsigned char memory[];
   // The start of dynamic shared memory is not aligned by itself.
-  auto& s = *reinterpret_cast<Shared<T, D, Groups>*>(memory + (-shared_address(memory) & 1023));
-  using C = Config<D, Groups>;
+  auto& s = *reinterpret_cast<Shared<T, C>*>(memory + (-shared_address(memory) & 1023));
   const int warp = uniform(threadIdx.x / 32);
   if (threadIdx.x == 0) {
     prefetch_map(&maps.query);
@@ -340,8 +357,8 @@ __global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(&s.key_full[i], 1);
       barrier_init(&s.value_full[i], 1);
-      barrier_init(&s.key_empty[i], 4 * C::kGroups);
-      barrier_init(&s.value_empty[i], 4 * C::kGroups);
+      barrier_init(&s.key_empty[i], 4 * C::kGroups * C::kCluster);
+      barrier_init(&s.value_empty[i], 4 * C::kGroups * C::kCluster);
     }
     for (int i = 0; i < C::kQueries; ++i) {
       barrier_init(&s.query_full[i], 1);
@@ -349,7 +366,12 @@ __global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
     }
     fence_barrier_init();
   }
-  __syncthreads();
+  if (C::kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_arrive();
+    cluster_wait();
+  }
   if (warp >= 4 * C::kGroups) {
     registers_down<C::kProducerRegisters>();
     if (threadIdx.x == 128 * C::kGroups) produce(maps, a, s);
@@ -359,42 +381,42 @@ __global__ void __launch_bounds__(Config<D, Groups>::kThreads, 1)
   }
 }
 
-template <typename T, int D, int Groups>
+template <typename T, typename C>
 const char* run(const Problem& p, cudaStream_t stream) {
-  using C = Config<D, Groups>;
+  constexpr int D = C::kDim;
   const Encode encode = find_encode();
   if (!encode) return kNoEncode;
   Maps maps;
   const Strides3 out = {p.q_len * p.heads * D, D, p.heads * D};
   const bool fits = make_map<T>(maps.query, encode, p.query, p.q, D, p.q_len, p.heads, p.batch, 64) &&
-                    make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, C::kKeys) &&
-                    make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, C::kKeys) &&
+                    make_map<T>(maps.key, encode, p.key, p.k, D, p.kv_len, p.kv_heads, p.batch, C::kBoxKeys) &&
+                    make_map<T>(maps.value, encode, p.value, p.v, D, p.kv_len, p.kv_heads, p.batch, C::kBoxKeys) &&
                     make_map<T>(maps.out, encode, p.out, out, D, p.q_len, p.heads, p.batch, 16);
   if (!fits) return kNoMap;
-  const int tiles = (int)((p.q_len + C::kRows - 1) / C::kRows), copies = (int)(p.batch * p.heads);
-  const int together = (int)p.together, sections = (copies + together - 1) / together;
+  const int tiles = (int)((p.q_len + C::kRows - 1) / C::kRows), copies = (int)(p.batch * p.heads) / C::kCluster;
+  const int together = max(1, (int)p.together / C::kCluster), sections = (copies + together - 1) / together;
   const Band a = {p.sinks,
                   p.lse,
                   Divisor(together * tiles),
                   Divisor(together),
                   Divisor(copies - (sections - 1) * together),
-                  Divisor(p.heads),
+                  Divisor(p.heads / C::kCluster),
                   Divisor(p.heads / p.kv_heads),
                   copies * tiles,
                   sections,
-                  tiles,
                   (int)p.heads,
                   (int)p.q_len,
                   (int)p.kv_len,
                   (int)(p.offset - p.left),
                   (int)(p.offset + p.right),
                   (float)(p.scale * kLog2e)};
-  constexpr int kBytes = (int)sizeof(Shared<T, D, Groups>) + 1024;
+  constexpr int kBytes = (int)sizeof(Shared<T, C>) + 1024;
   static Launcher launcher;
-  const auto kernel = band_kernel<T, D, Groups>;
+  const auto kernel = band_kernel<T, C>;
   cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
-  const dim3 grid((unsigned)(p.grid < copies * tiles ? p.grid : copies * tiles));
-  if (error == cudaSuccess) error = launcher.launch(kernel, grid, C::kThreads, kBytes, 1, stream, maps, a);
+  const int64_t most = p.grid / C::kCluster;
+  const dim3 grid((unsigned)(C::kCluster * (most < copies * tiles ? most : copies * tiles)));
+  if (error == cudaSuccess) error = launcher.launch(kernel, grid, C::kThreads, kBytes, C::kCluster, stream, maps, a);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
@@ -404,9 +426,11 @@ const char* run(const Problem& p, cudaStream_t stream) {
 extern "C" const char* stof_run(const stof::Problem* problem, void* stream) {
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
 #if STOF_HEAD_DIM == 64
-  if (problem->rows == 192) return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 3>(*problem, on);
+  if (problem->rows == 192) return stof::run<STOF_DTYPE, stof::Config<STOF_HEAD_DIM, 3, 1>>(*problem, on);
+#else
+  if (problem->two_heads) return stof::run<STOF_DTYPE, stof::Config<STOF_HEAD_DIM, 2, 2>>(*problem, on);
 #endif
-  return stof::run<STOF_DTYPE, STOF_HEAD_DIM, 2>(*problem, on);
+  return stof::run<STOF_DTYPE, stof::Config<STOF_HEAD_DIM, 2, 1>>(*problem, on);
 }
 
 extern "C" int64_t stof_problem_bytes() { return sizeof(stof::Problem); }

@@ -35,6 +35,17 @@ __device__ __forceinline__ void load_box(void* to, const CUtensorMap* map, uint6
       : "memory");
 }
 
+// The same for several blocks of a cluster, those of `mask`: each gets it where `to` lies, and its barrier
+// where `barrier` does.
+__device__ __forceinline__ void load_box_to_all(void* to, const CUtensorMap* map, uint64_t* barrier, int column, int row,
+                                                int head, int batch, int mask) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_address(to)),
+      "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "r"(head), "r"(batch), "h"((uint16_t)mask)
+      : "memory");
+}
+
 using Encode = decltype(&cuTensorMapEncodeTiled);
 
 inline Encode find_encode() {

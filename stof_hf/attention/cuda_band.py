@@ -14,6 +14,7 @@ from ..masks.patterns import Causal, Full, SlidingWindow
 from ..masks.sparse_mask import SparseMask
 from . import select
 from .cuda_problem import Call, aligned
+from .model import BandForm
 
 #: Lengths, offsets and reaches that the kernel counts with.
 _MOST = 1 << 28
@@ -77,12 +78,14 @@ class BandCall(Call):
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        sinks: torch.Tensor | None, scale: float, with_lse: bool = True, rows: int | None = None,
+        sinks: torch.Tensor | None, scale: float, with_lse: bool = True,
+        form: BandForm | None = None,
     ):  # fmt: skip
         super().__init__("band", q.shape[3], q, k, v, mask, None, sinks, scale, 0.0, with_lse)
         p = self.problem
         p.left, p.right = band = band_of(mask.pattern)
         p.offset = mask.q_offset - mask.kv_offset
         p.grid = select.multiprocessors(q.device)
-        p.rows = rows or select.band_rows(q, k, mask, band)
+        p.rows, heads = form or select.band_form(q, k, mask, band)
+        p.two_heads = heads == 2
         p.together = select.band_together(q, k)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -96,12 +97,19 @@ def launch_us(
     return kernel.start + max(full, chain, *bounds) + _UNEVEN * min(full, chain) + merge
 
 
-#: Of the band kernel, by whether the head size is above 64 and the rows of an item: what a launch,
-#: an item, and a step of 128 keys take, in us.
+class BandForm(NamedTuple):
+    """How the band kernel divides its work: query rows of a block, and heads that share keys which
+    as many blocks compute side by side."""
+
+    rows: int
+    heads: int = 1
+
+
+#: Of the band kernel, by whether the head size is above 64: what a launch, an item, and a step of
+#: 128 keys take, in us.
 BAND = {
-    (False, 192): (1.9, 1.40, 1.59),
-    (False, 128): (2.0, 1.05, 1.29),
-    (True, 128): (1.9, 2.6, 1.68),
+    False: {BandForm(192): (1.9, 1.40, 1.59), BandForm(128): (2.0, 1.05, 1.29)},
+    True: {BandForm(128): (0.5, 2.0, 1.705), BandForm(128, 2): (0.8, 2.2, 1.66)},
 }
 _BAND_STEP = 128
 #: The part of a step's time that it takes where no warpgroup computes, and what it takes besides,
@@ -111,19 +119,21 @@ _BAND_PASSED, _BAND_CUT = 0.3, 0.25
 
 @lru_cache(maxsize=256)
 def band_us(
-    rows: int, copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int,
+    form: BandForm, copies: int, q_len: int, kv_len: int, band: tuple[int, int], offset: int,
     together: int, dim: int, processors: int,
 ) -> float:  # fmt: skip
     """Predicted time of csrc/cuda/band.cu in us: what the busiest block takes of the items, which
     are dealt out in turns of alternating direction.
 
     Args:
-        rows: query rows of an item.
+        form: of its blocks.
         band: keys that a query sees before and behind its own position.
         offset: of the first query against the first key.
         together: heads whose items follow each other, the longest first.
     """
-    start, item, step = BAND[dim > 64, rows]
+    start, item, step = BAND[dim > 64][form]
+    rows, copies, together = form.rows, copies // form.heads, max(1, together // form.heads)
+    processors //= form.heads
     tile = np.arange(-(-q_len // rows))[:, None]
     first = -(-q_len // 64) * 64 - (tile + 1) * rows + np.arange(0, rows, 64)
     last = np.minimum(first + 64, q_len) - 1

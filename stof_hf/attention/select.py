@@ -14,7 +14,7 @@ from ..kernels.cuda_kernels import FAMILIES
 from ..masks.sparse_mask import SparseMask
 from . import calls
 from .granules import Layout
-from .model import BAND, band_us, cudnn_us, launch_us
+from .model import BAND, BandForm, band_us, cudnn_us, launch_us
 from .plan import longest_row
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
@@ -212,15 +212,23 @@ def block_kernel(
 def band_together(q: torch.Tensor, k: torch.Tensor) -> int:
     """Heads whose blocks the band kernel runs at a time: their keys and values stay in L2."""
     batch, heads = q.shape[:2]
-    per_head = 2 * k.shape[1] * k.shape[2] * k.shape[3] * k.itemsize // heads
-    return max(1, min(batch * heads, (24 << 20) // per_head))
+    group = heads // k.shape[1]
+    per_head = 2 * k.shape[2] * k.shape[3] * k.itemsize // group
+    together = min(batch * heads, (24 << 20) // per_head)
+    return together // group * group or max(1, together)
 
 
-def band_rows(q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]) -> int:
-    """Query rows of a block of the band kernel, such that a call takes the least time."""
-    large = q.shape[3] > 64
-    choices = [rows for of_large, rows in BAND if of_large == large]
-    return min(choices, key=lambda rows: _band_us(rows, q, k, mask, band))
+def band_forms(q: torch.Tensor, k: torch.Tensor) -> list[BandForm]:
+    """Those in which the band kernel can compute a call."""
+    group = q.shape[1] // k.shape[1]
+    return [form for form in BAND[q.shape[3] > 64] if group % form.heads == 0]
+
+
+def band_form(
+    q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]
+) -> BandForm:
+    """The form of the band kernel in which a call takes the least time."""
+    return min(band_forms(q, k), key=lambda form: _band_us(form, q, k, mask, band))
 
 
 def band_is_ahead(
@@ -228,16 +236,16 @@ def band_is_ahead(
 ) -> bool:
     """Whether the band kernel computes a call in less time than those that read a mask."""
     others = min(_predicted(name, q, mask) for name in ("triton", *_layouts(q, k, mask)))
-    return _band_us(band_rows(q, k, mask, band), q, k, mask, band) < others
+    return _band_us(band_form(q, k, mask, band), q, k, mask, band) < others
 
 
 def _band_us(
-    rows: int, q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]
+    form: BandForm, q: torch.Tensor, k: torch.Tensor, mask: SparseMask, band: tuple[int, int]
 ) -> float:
     batch, heads, q_len, dim = q.shape
     offset, processors = mask.q_offset - mask.kv_offset, multiprocessors(q.device)
     rest = band_together(q, k), dim, processors
-    return band_us(rows, batch * heads, q_len, k.shape[2], band, offset, *rest)
+    return band_us(form, batch * heads, q_len, k.shape[2], band, offset, *rest)
 
 
 def cudnn_is_ahead(
@@ -257,7 +265,7 @@ def cudnn_is_ahead(
     if causal:
         return band is None and batch * heads * q_len * k.shape[2] * dim / 64 >= 2.4e9
     theirs = cudnn_us(batch * heads, q_len, k.shape[2], dim, multiprocessors(q.device))
-    if band and _band_us(band_rows(q, k, mask, band), q, k, mask, band) < theirs:
+    if band and _band_us(band_form(q, k, mask, band), q, k, mask, band) < theirs:
         return False
     ours = ("triton", *_LAYOUTS) if dim in FAMILIES["hopper"].head_dims else ("triton",)
     try:

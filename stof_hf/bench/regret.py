@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -40,9 +41,9 @@ def configurations(problem: Problem, mask: Any) -> Iterator[tuple[str, Callable[
         call = cuda.BlockCall(family, q, k, v, mask, None, None, scale, 0.0, config)
         yield name, lambda call=call: call(q, k, v, mask, None, None)
     if cuda_band.computes(q, k, v, mask, None, scale, 0.0):
-        for rows in (128, 192) if problem.cell.head_dim == 64 else (128,):
-            band = cuda_band.BandCall(q, k, v, mask, None, scale, False, rows)
-            yield f"band {rows}", lambda band=band: band(q, k, v, mask, None, None)
+        for form in select.band_forms(q, k):
+            band = cuda_band.BandCall(q, k, v, mask, None, scale, False, form)
+            yield f"band {form.rows} {form.heads}", partial(band, q, k, v, mask, None, None)
     options = {"bias": None, "sinks": None, "scale": scale, "softcap": 0.0}
     if problem.cell.mask in ("causal", "full"):
         cudnn = sdpa.CudnnCall(scale, problem.cell.mask == "causal", False)

@@ -20,6 +20,9 @@ __all__ = [
 
 Call = Callable[[], Any]
 
+#: A call that takes longer is taken for one that keeps the whole GPU busy.
+_FILLS_MS = 0.2
+
 
 class CapturedCall:
     """A CUDA graph of a call, repeated where it is short. What it returns is thrown away."""
@@ -47,9 +50,11 @@ class CapturedCall:
     def times_ms(self, replays: int) -> list[float]:
         """Of each replay; they are queued, so that no launch gap is counted.
 
-        As many more run before as take 30 ms: the clock follows the power that the GPU takes.
+        As many more run before as take 30 ms, or 120 ms of a call that fills the GPU: after about
+        100 ms at the most power that it may take, its clock sinks.
         """
-        for _ in range(max(1, math.ceil(30 / (self.calls * self.once_ms)))):
+        warm_up_ms = 30 if self.once_ms < _FILLS_MS else 120
+        for _ in range(max(1, math.ceil(warm_up_ms / (self.calls * self.once_ms)))):
             self.graph.replay()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
         events[0].record()
@@ -64,10 +69,12 @@ def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
     """Device time of one of each of the calls in microseconds: the median of 20 replays, 8 of calls
     that take 4 ms or more.
 
-    The calls take two turns, the second in reverse: none is favoured by what ran before it.
+    The calls take two turns, each time behind another one: what ran before, and how much power it
+    took, favours none.
     """
     times: dict[int, list[float]] = {i: [] for i in range(len(captured))}
-    for i in (*times, *reversed(times)):
+    back, half = [*reversed(times)], len(captured) // 2
+    for i in (*times, *back[half:], *back[:half]):
         times[i] += captured[i].times_ms(10 if captured[i].once_ms < 4 else 4)
     return [statistics.median(times[i]) * 1000 / one.calls for i, one in enumerate(captured)]
 

@@ -1,6 +1,7 @@
 """`stof bench model` on models that are small enough for a CPU."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ def test_a_mask_that_is_not_applied_is_noticed(monkeypatch):
     monkeypatch.setattr(zoo.Problem, "pattern", lambda self: None)
     data = model.run([model.Cell("bert_base", 1, 96)], contestants=["stof"], device=CPU)
     assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
+
+
+def test_an_error_reaches_another_process(monkeypatch):
+    class Unsendable(Exception):
+        def __reduce__(self):
+            raise TypeError("cannot be sent")
+
+    def run(*_, **__):
+        raise Unsendable("of a compiler")
+
+    monkeypatch.setattr(model, "run", run)
+    with pytest.raises(StofError, match="of a compiler") as caught:
+        model._run_alone(model.Cell("bert_base", 1, 96), device=CPU)
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
 
 def test_results_are_completed(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """use_graphs on a GPU: what tests/test_graphs.py says of tapes, of CUDA graphs."""
 
 import copy
+import gc
 import inspect
 import threading
 import time
@@ -64,7 +65,7 @@ def test_lengths_and_masks_of_a_bucket(name, implementation):
     assert captured(model) == 2
 
 
-@pytest.mark.parametrize("implementation", ["stof", "sdpa", "eager"])
+@pytest.mark.parametrize("implementation", ["stof", "sdpa", *EAGER])
 def test_images(implementation):
     model, plain = pair("vit", implementation)
     calls = [{"pixel_values": torch.randn(2, 3, 28, 28, device="cuda").half()} for _ in range(4)]
@@ -175,6 +176,35 @@ def test_a_capture_that_fails_leaves_everything_in_order():
     model, plain = pair("bert")
     compare(model, plain, [on_gpu(masked(2, 50))] * 3, TOLERANCE)
     assert captured(model) == 1
+
+
+def test_garbage_that_holds_a_graph_is_not_collected_in_a_capture():
+    old = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(old):
+        torch.zeros(4, device="cuda")
+    held = [old]
+    held.append([held])
+    holders = [held]
+    del old, held
+
+    class Dropping(transformers.BertModel):
+        def forward(self, input_ids):
+            if torch.cuda.is_current_stream_capturing():
+                holders.clear()
+                [[] for _ in range(1000)]
+            return super().forward(input_ids)
+
+    model = Dropping(transformers.BertConfig(**sizes(64))).eval().cuda()
+    stof_hf.use_graphs(model)
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10, 1, 1)
+    try:
+        with torch.no_grad():
+            for _ in range(3):
+                model(ids(2, 50).cuda())
+    finally:
+        gc.set_threshold(*thresholds)
+    assert not holders and captured(model) == 1
 
 
 def test_off_while_the_caller_captures():

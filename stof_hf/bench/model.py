@@ -10,6 +10,7 @@ import concurrent.futures
 import multiprocessing
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -137,11 +138,19 @@ def run_apart(
     data: dict[str, Any] = {"cells": []}
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
         for cell in chosen:
-            part = pool.submit(partial(run, [cell], device=device, **options)).result()
+            part = pool.submit(partial(_run_alone, cell, device=device, **options)).result()
             record = next(r for r in part["cells"] if Cell(**r["cell"]) == cell)
             data = {**part, "cells": [*data["cells"], record]}
             progress(cell, record)
     return data
+
+
+def _run_alone(cell: Cell, **options: Any) -> dict[str, Any]:
+    try:
+        return run([cell], **options)
+    except Exception as error:
+        # Some of torch.compile's errors cannot be sent to another process.
+        raise StofError("".join(traceback.format_exception(error))) from None
 
 
 def _measure(

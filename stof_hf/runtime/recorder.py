@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -87,7 +89,7 @@ class Recorder:
             )
             try:
                 # A capture that fails to end leaves the side stream as the current one.
-                with torch.cuda.stream(current), captured, OnDevice():
+                with torch.cuda.stream(current), _no_collection(), captured, OnDevice():
                     outputs = run()
             except BaseException:
                 # The allocator may still take a capture that failed to be using the pool.
@@ -96,6 +98,19 @@ class Recorder:
         recording = Recording(graph, outputs, device)
         self._alive.add(recording)
         return recording
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Garbage may hold another CUDA graph, which cannot be destroyed during a capture."""
+    gc.collect()
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 _READS = {

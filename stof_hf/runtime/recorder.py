@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
 
-__all__ = ["Recorder", "Recording"]
+__all__ = ["Recorder", "Recording", "no_collection"]
 
 #: The first run loads kernels, builds masks and packs weights; the second finds them, as a capture
 #: has to.
@@ -89,7 +89,7 @@ class Recorder:
             )
             try:
                 # A capture that fails to end leaves the side stream as the current one.
-                with torch.cuda.stream(current), _no_collection(), captured, OnDevice():
+                with torch.cuda.stream(current), no_collection(), captured, OnDevice():
                     outputs = run()
             except BaseException:
                 # The allocator may still take a capture that failed to be using the pool.
@@ -101,9 +101,8 @@ class Recorder:
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Garbage may hold another CUDA graph, which cannot be destroyed during a capture."""
-    gc.collect()
     collects = gc.isenabled()
     gc.disable()
     try:

@@ -19,7 +19,7 @@ CLOSED_FORM = [
     patterns.Documents([i // 100 for i in range(1000)]) & patterns.Causal(),
     ~patterns.Chunked(300),
     patterns.SlidingWindow(100, 100) | patterns.GlobalKeys((3, 700)),
-    patterns.BlockTable(np.random.default_rng(0).random((2, 16, 16)) < 0.3, 64),
+    patterns.BlockTable(np.random.default_rng(0).random((4, 16, 16)) < 0.3, 64),
     patterns.BlockTable(np.random.default_rng(0).random((1, 30, 30)) < 0.3, 35),
 ]
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -72,13 +72,13 @@ def test_attention_with_a_cached_mask_does_not_synchronise(no_sync):
 def test_builders_on_the_gpu_equal_those_on_the_cpu(pattern):
     want = SparseMask.from_pattern(pattern, 1000)
     dense = want.to_dense().cuda()
-    bound = pattern.bind(1000)
+    bound, heads = pattern.bind(1000), dense.shape[1]
     block_mask = create_block_mask(
-        lambda b, h, q, k: dense[0, 0, q, k], 1, 1, 1000, 1000, device="cuda"
+        lambda b, h, q, k: dense[0, h, q, k], 1, heads, 1000, 1000, device="cuda"
     )
     for mask in (
         SparseMask.from_pattern(pattern, 1000, device="cuda"),
-        SparseMask.from_function(bound.__call__, 1000, device="cuda"),
+        SparseMask.from_function(bound.__call__, 1000, heads=heads, device="cuda"),
         SparseMask.from_dense(dense),
         SparseMask.from_coo(dense.to_sparse()),
         SparseMask.from_block_mask(block_mask),

@@ -136,6 +136,18 @@ def test_cuda_graph_replays_with_new_inputs_and_offsets():
         torch.testing.assert_close(out.double(), want, atol=3e-3, rtol=3e-3)
 
 
+@torch.no_grad()
+def test_compiled_model_with_a_mask_tensor():
+    config = transformers.BertConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2)
+    model = transformers.BertModel._from_config(config, attn_implementation="stof")
+    model = model.eval().to("cuda", torch.float16)
+    ids = torch.randint(5, 99, (2, 100), device="cuda")
+    mask = (torch.rand(2, 1, 100, 100, device="cuda") < 0.3) | torch.eye(100, device="cuda").bool()
+    want = model(ids, attention_mask=mask)[0]
+    got = torch.compile(model)(ids, attention_mask=mask)[0]
+    torch.testing.assert_close(got, want, atol=1e-2, rtol=1e-2)
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compile_fullgraph(mode):
     mask = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 300, device="cuda")

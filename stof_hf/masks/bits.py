@@ -24,7 +24,10 @@ def pack(x: torch.Tensor) -> torch.Tensor:
     n = x.shape[-1]
     if n % TILE:
         x = F.pad(x, (0, TILE - n % TILE))
-    lanes = x.contiguous().view(torch.uint8).view(torch.int64)
+    x = x.contiguous()
+    # Inductor of PyTorch 2.11 views no booleans as bytes.
+    zeros_and_ones = x.to(torch.uint8) if torch.compiler.is_compiling() else x.view(torch.uint8)
+    lanes = zeros_and_ones.view(torch.int64)
     octets = ((lanes * _GATHER) >> 56).to(torch.uint8)
     return octets.view(torch.int64)
 

@@ -55,6 +55,13 @@ def test_a_mask_that_is_not_applied_is_noticed(monkeypatch):
     assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
 
 
+def test_models_do_not_change_each_other():
+    problem = zoo.Problem("bert_base", 1, 96, torch.float32, CPU)
+    models = {name: problem.model(name) for name in ("eager", "sdpa", "stof")}
+    for name, one in models.items():
+        assert one.config._attn_implementation == name
+
+
 def test_an_error_reaches_another_process(monkeypatch):
     class Unsendable(Exception):
         def __reduce__(self):

@@ -207,6 +207,28 @@ def test_garbage_that_holds_a_graph_is_not_collected_in_a_capture():
     assert not holders and captured(model) == 1
 
 
+def test_workspaces_of_products_belong_to_the_graph():
+    model, plain = pair("bert")
+    call = on_gpu(masked(8, 128))
+    compare(model, plain, [call] * 3, TOLERANCE)
+    # As torch.compile with CUDA graphs does.
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    compare(model, plain, [call] * 3, TOLERANCE)
+
+
+def test_models_that_torch_compile_captures_beside_it():
+    model, plain = pair("bert")
+    calls = [on_gpu(masked(2, 50))] * 3
+    compare(model, plain, calls, TOLERANCE)
+    other = torch.compile(build("bert", "sdpa").to("cuda", torch.float16), mode="reduce-overhead")
+    for _ in range(4):
+        with torch.no_grad():
+            other(**calls[0])
+        torch.cuda.empty_cache()
+        compare(model, plain, calls, TOLERANCE)
+
+
 def test_off_while_the_caller_captures():
     model, plain = pair("bert")
     call = on_gpu(masked(2, 64))

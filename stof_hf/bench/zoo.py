@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +113,8 @@ class Problem:
         torch.manual_seed(0)
         cls = getattr(transformers, f"{self.entry.name}Model")
         with torch.device(self.device):
-            made = cls._from_config(self.config, attn_implementation=implementation)
+            # The implementation is written into the configuration: each model has one of its own.
+            made = cls._from_config(deepcopy(self.config), attn_implementation=implementation)
         return made.to(dtype or self.dtype).eval()
 
     def masks(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:

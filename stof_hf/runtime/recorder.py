@@ -89,7 +89,10 @@ class Recorder:
             )
             try:
                 # A capture that fails to end leaves the side stream as the current one.
-                with torch.cuda.stream(current), no_collection(), captured, OnDevice():
+                with (
+                    torch.cuda.stream(current), no_collection(), _own_workspace(), captured,
+                    OnDevice(),
+                ):  # fmt: skip
                     outputs = run()
             except BaseException:
                 # The allocator may still take a capture that failed to be using the pool.
@@ -110,6 +113,20 @@ def no_collection() -> Iterator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+@contextmanager
+def _own_workspace() -> Iterator[None]:
+    """Lets a capture take cuBLAS's workspace from its own memory pool, and give it back to that.
+
+    PyTorch keeps a workspace for each stream, until somebody, such as torch.compile with CUDA
+    graphs of its own, frees all of them: a graph must not have been captured with one of those.
+    """
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 _READS = {

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -60,6 +62,35 @@ def test_models_do_not_change_each_other():
     models = {name: problem.model(name) for name in ("eager", "sdpa", "stof")}
     for name, one in models.items():
         assert one.config._attn_implementation == name
+
+
+def test_liger_changes_its_own_model_only(monkeypatch):
+    llama = transformers.models.llama.modeling_llama
+    own, seen = llama.apply_rotary_pos_emb, []
+
+    def rotate(*args, **kwargs):
+        seen.append(1)
+        return own(*args, **kwargs)
+
+    def apply(fused_linear_cross_entropy, model):
+        llama.apply_rotary_pos_emb = rotate
+
+    package = types.SimpleNamespace(apply_liger_kernel_to_llama=apply)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(transformers=package))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
+    cell = model.Cell("llama_base", 1, 96)
+    data = model.run([cell], contestants=["liger", "sdpa"], device=CPU)
+    results = data["cells"][0]["results"]
+    assert {n: r["status"] for n, r in results.items()} == {"liger": "ok", "sdpa": "ok"}
+    assert llama.apply_rotary_pos_emb is own and seen
+    seen.clear()
+    model.run([cell], contestants=["sdpa"], device=CPU)
+    assert not seen
+
+
+def test_flex_attention_is_for_models_that_take_it():
+    takes = {name: model.CONTESTANTS["default_flex"].takes(name) for name in SMALL}
+    assert takes["bert_base"] and takes["llama_base"] and not takes["vit_base"]
 
 
 def test_an_error_reaches_another_process(monkeypatch):

@@ -118,6 +118,18 @@ def test_phases(phase):
     assert report.layers[0].seq_len == 64
 
 
+def test_a_pattern_whose_function_reads_the_gpu():
+    model, inputs = on_gpu("bert", torch.float16)
+    inputs = {"input_ids": inputs["input_ids"]}
+    near = torch.rand(50, 50, device="cuda") < 0.5
+    near.fill_diagonal_(True)
+    pattern = stof_hf.patterns.Custom(lambda b, h, q, k: near[q, k], key="near")
+    stof_hf.set_pattern(model, pattern, persist=False)
+    want = run(model, inputs)
+    report = stof_hf.tune(model, inputs, budget_s=10, progress=False)
+    assert report.installed and error(run(model, inputs), want) < 5e-3
+
+
 def test_a_tuned_model_is_captured():
     model, inputs = on_gpu("bert", torch.float16)
     inputs = {"input_ids": inputs["input_ids"]}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import multiprocessing
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -19,9 +20,11 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import nn
 
 from ..errors import StofError
 from .attention import FORMAT, describe, environment, load, save, source_hash
+from .timing import host_time_us
 from .zoo import ZOO, Problem, shapes_of
 
 __all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
@@ -58,6 +61,11 @@ class Contestant:
     ours: tuple[str, ...] = ()
     liger: bool = False
     only: tuple[str, ...] = tuple(ZOO)
+
+    def takes(self, model: str) -> bool:
+        """Whether it computes this model."""
+        flex = self.attention != "flex_attention" or ZOO[model].cls._supports_flex_attn
+        return model in self.only and flex
 
 
 CONTESTANTS = {
@@ -118,7 +126,7 @@ def run(
             record = {"cell": asdict(cell), "results": {}}
             data["cells"].append(record)
         results = record["results"]
-        missing = [n for n in names if cell.model in CONTESTANTS[n].only]
+        missing = [n for n in names if CONTESTANTS[n].takes(cell.model)]
         missing = [
             n for n in missing
             if n not in results or (n in OURS and results[n].get("sources") != sources)
@@ -167,25 +175,26 @@ def _measure(
         for name in ("sdpa", *(n for n in names if n != "sdpa")):
             begin = time.monotonic()
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            results[name] = result = {}
             try:
-                call = _prepare(CONTESTANTS[name], problem, budget_s)
+                call = _prepare(CONTESTANTS[name], problem, budget_s, result)
                 for _ in range(3):
                     out = call()
                 error = _distance(out, exact)
-                result = {"status": "ok", "error": error, "plain_error": plain}
-                if not error <= _WORSE * plain + 1e-6:
-                    result["status"] = "wrong"
+                right = error <= _WORSE * plain + 1e-6
+                result |= {"status": "ok" if right else "wrong", "error": error}
+                result["plain_error"] = plain
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                     torch.cuda.reset_peak_memory_stats()
                     call()
                     peak = torch.cuda.max_memory_allocated() - before
                     result["peak_mb"] = round(peak / 2**20, 1)
+                    result["host_ms"] = round(host_time_us(call) / 1e3, 4)
                 calls[name] = call
             except Exception as failure:
-                result = {"status": "error", "error": describe(failure)}
+                result |= {"status": "error", "error": describe(failure)}
             result["prepare_s"] = round(time.monotonic() - begin, 1)
-            results[name] = result
         for name, taken in _turns(calls, device).items():
             results[name]["time_ms"] = round(taken, 4)
     for name, result in results.items():
@@ -195,7 +204,10 @@ def _measure(
     return {name: results[name] for name in names}
 
 
-def _prepare(contestant: Contestant, problem: Problem, budget_s: float) -> Call:
+def _prepare(
+    contestant: Contestant, problem: Problem, budget_s: float, result: dict[str, Any]
+) -> Call:
+    """A forward as a contestant computes it; what a search found goes to `result`."""
     model = problem.model(contestant.attention)
     given = dict(problem.inputs)
     if contestant.attention == "stof":
@@ -207,21 +219,46 @@ def _prepare(contestant: Contestant, problem: Problem, budget_s: float) -> Call:
         form = {"eager": "additive", "sdpa": "bool"}.get(contestant.attention, "flex")
         given |= problem.masks(form)
     if contestant.liger:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model)
+        return _liger(model, given)
     if contestant.mode is not None:
         mode = None if contestant.mode == "default" else contestant.mode
         model = torch.compile(model, dynamic=False, mode=mode)
     if "tune" in contestant.ours:
         import stof_hf
 
-        stof_hf.tune(model, given, budget_s=budget_s, progress=False)
+        report = stof_hf.tune(model, given, budget_s=budget_s, progress=False)
+        layers = [{**asdict(layer), "course": None} for layer in report.layers]
+        result["search"] = {
+            "seconds": round(report.seconds, 2), "measurements": report.measurements,
+            "layers": layers, "skipped": report.skipped,
+        }  # fmt: skip
     if "graphs" in contestant.ours:
         import stof_hf
 
         stof_hf.use_graphs(model)
     return lambda: model(**given)[0]
+
+
+def _liger(model: nn.Module, given: dict[str, Any]) -> Call:
+    """A call with what Liger-Kernel replaces, of which the module of the model's class is to keep
+    nothing: the other contestants are of that class, too."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    module = sys.modules[type(model).__module__]
+    own = dict(vars(module))
+    apply_liger_kernel_to_llama(fused_linear_cross_entropy=False, model=model)
+    theirs = {name: value for name, value in vars(module).items() if own.get(name) is not value}
+    own = {name: own[name] for name in theirs}
+    vars(module).update(own)
+
+    def call() -> torch.Tensor:
+        vars(module).update(theirs)
+        try:
+            return model(**given)[0]
+        finally:
+            vars(module).update(own)
+
+    return call
 
 
 def _reference(problem: Problem, dtype: torch.dtype) -> torch.Tensor:

@@ -40,6 +40,10 @@ class Entry:
     causal: bool = False
     masked: bool = True
 
+    @property
+    def cls(self) -> Any:
+        return getattr(transformers, f"{self.name}Model")
+
     def config(self, tokens: int) -> Any:
         sizes = dict.fromkeys(self.lengths, tokens)
         if not self.masked:
@@ -111,10 +115,11 @@ class Problem:
         Raises what Transformers raises where it does not take the implementation.
         """
         torch.manual_seed(0)
-        cls = getattr(transformers, f"{self.entry.name}Model")
         with torch.device(self.device):
             # The implementation is written into the configuration: each model has one of its own.
-            made = cls._from_config(deepcopy(self.config), attn_implementation=implementation)
+            made = self.entry.cls._from_config(
+                deepcopy(self.config), attn_implementation=implementation
+            )
         return made.to(dtype or self.dtype).eval()
 
     def masks(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:

@@ -81,7 +81,9 @@ class Sample:
             shares.append(mask.valid_share)
         if (pattern := self.pattern) is not None:
             queries, keys = self.shape[1], self.tokens
-            own = SparseMask.from_pattern(pattern, queries, keys, q_offset=keys - queries)
+            own = SparseMask.from_pattern(
+                pattern, queries, keys, q_offset=keys - queries, device=self.hidden.device
+            )
             shares.append(own.valid_share)
         if shares:
             return mask_bucket(min(shares))

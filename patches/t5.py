@@ -1,30 +1,71 @@
-"""T5: self-attention and feed-forward halves of its blocks, each pre-norm, without biases.
+"""T5: its blocks, pre-norm and without biases: self-attention, in a decoder attention to the
+encoder, and the feed-forward part. Behind each, what overflows fp16 is clamped.
 
-Between halves a block clamps what overflows fp16, which stays its own; so does attention to the
-encoder, and the first self-attention of a stack, which computes the position bias of all.
+The first block of a stack computes the position bias of all.
 """
 
-from transformers.models.t5.modeling_t5 import T5LayerFF, T5LayerSelfAttention
+import torch
+import torch.nn.functional as F
+from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
-from stof_hf.errors import UnsupportedError
-from stof_hf.fusion.layer import Attention, Layer, Operator, product
+from stof_hf.fusion.layer import Attention, Context, Layer, Operator, product
 
-LAYERS = (T5LayerFF, T5LayerSelfAttention)
+LAYERS = (T5Block,)
 
 
-def layer(module: T5LayerFF | T5LayerSelfAttention) -> Layer:
-    norm = Operator("norm", (module.layer_norm,))
-    if isinstance(module, T5LayerSelfAttention):
-        own = module.SelfAttention
-        if own.has_relative_attention_bias:
-            raise UnsupportedError("it computes the position bias")
-        to = Attention(own, own.n_heads, own.n_heads, own.key_value_proj_dim, own.scaling)
-        attention = Operator("attention", attention=to)
-        operators = norm, *product(own.q, own.k, own.v), attention, *product(own.o)
-        return Layer((*operators, Operator("residual")), norm_first=True, returns_bias=True)
-    mlp = module.DenseReluDense
+def layer(module: T5Block) -> Layer:
+    own, *crossed, last = module.layer
+    attention = own.SelfAttention
+    operators = [
+        Operator("norm", (own.layer_norm,)), *product(attention.q, attention.k, attention.v),
+        Operator("attention", attention=_heads(attention)), *_end(own, attention.o),
+    ]  # fmt: skip
+    for cross in crossed:
+        to = cross.EncDecAttention
+        operators += [
+            Operator("norm", (cross.layer_norm,)), *product(to.q),
+            Operator("cross attention", (to.k, to.v), attention=_heads(to)), *_end(cross, to.o),
+        ]  # fmt: skip
+    mlp = last.DenseReluDense
     if hasattr(mlp, "wi"):
         front = *product(mlp.wi), Operator("act", function=mlp.act)
     else:
         front = *product(mlp.wi_0, mlp.wi_1), Operator("gate", function=mlp.act)
-    return Layer((norm, *front, *product(mlp.wo), Operator("residual")), norm_first=True)
+    operators += [Operator("norm", (last.layer_norm,)), *front, *_end(last, mlp.wo)]
+    return Layer(
+        tuple(operators), True, returns_biases=True, position_bias=_position_bias(attention)
+    )
+
+
+def _heads(own: T5Attention) -> Attention:
+    return Attention(own, own.n_heads, own.n_heads, own.key_value_proj_dim, own.scaling)
+
+
+def _end(part: torch.nn.Module, projection: torch.nn.Linear) -> tuple[Operator, ...]:
+    half = part.layer_norm.weight.dtype == torch.float16
+    return *product(projection), Operator("residual"), *((Operator("clamp"),) if half else ())
+
+
+def _position_bias(own: T5Attention):
+    """What computes the bias [1, H, S, S] of a stack: a function of the distance alone, which ends
+    in one bucket beyond `relative_attention_max_distance`."""
+    if not own.has_relative_attention_bias:
+        return None
+    weight, most = own.relative_attention_bias.weight, own.relative_attention_max_distance
+    buckets = own._relative_position_bucket(
+        torch.arange(-most, most + 1, device=weight.device),
+        bidirectional=not own.is_decoder, num_buckets=own.relative_attention_num_buckets,
+        max_distance=most,
+    )  # fmt: skip
+
+    def position_bias(rows: torch.Tensor, context: Context) -> torch.Tensor | None:
+        if context.cache is not None:
+            return None
+        tokens = rows.shape[1]
+        distances = torch.arange(1 - tokens, tokens, device=rows.device).clamp_(-most, most)
+        by_distance = F.embedding(buckets[distances + most], own.relative_attention_bias.weight)
+        # Key j is j - i away from query i.
+        windows = by_distance.T.contiguous().unfold(1, tokens, 1)
+        return windows.flip(1)[None]
+
+    return position_bias

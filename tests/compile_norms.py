@@ -15,10 +15,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from stof_hf.attention import select
-from stof_hf.fusion.templates import gemm_norm, norm, rotary
+from stof_hf.fusion.templates import gemm_norm, norm, overflow, rotary
 
 TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
 }  # fmt: skip
 #: Shared memory of a block by compute capability.
 MEMORY = {90: 227 << 10, 89: 99 << 10}
@@ -105,14 +105,26 @@ def rotary_calls(memory):
         yield f"{tokens} {heads}/{kv_heads} {dim}/{width} {dtype}"
 
 
+def overflow_calls(memory):
+    for count in (1, 98_304, 25_165_824):
+        for values in product(*overflow.SPACE.values()):
+            params = dict(zip(overflow.SPACE, values, strict=True))
+            overflow.overflow(zeros(count, dtype=HALF), params=params)
+            yield f"{count} {params}"
+
+
 if __name__ == "__main__":
     kernel, calls = {
         "norm": (norm.norm_kernel, norm_calls),
         "gemm_norm": (gemm_norm.gemm_norm_kernel, gemm_norm_calls),
         "rotary": (rotary.rotary_kernel, rotary_calls),
+        "overflow find": (overflow.find_kernel, overflow_calls),
+        "overflow clamp": (overflow.clamp_kernel, overflow_calls),
     }[sys.argv[1]]
     select.multiprocessors = lambda device: 132
     launches = []
+    # One call launches both.
+    overflow.find_kernel.run = overflow.clamp_kernel.run = lambda *args, **named: None
     kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory

@@ -327,13 +327,12 @@ def test_t5_decoders(projection, monkeypatch, tmp_path):
     called = inputs | {"decoder_input_ids": inputs["input_ids"][:, :9]}
     logits = first(model, called)
     found = find(model)
-    assert [each.reason for each in found if each.reason] == ["it computes the position bias"] * 2
-    assert len(install(found)) == 6
+    assert len(install(found)) == 4
     torch.testing.assert_close(first(model, called), logits)
     assert torch.equal(model.generate(**inputs, **options), want)
     restore(model)
     report = stof_hf.tune(model, batch_size=2, seq_len=16, budget_s=1, progress=False)
-    assert len(report.skipped) == 2 and len(report.layers) == 2
+    assert not report.skipped and len(report.layers) == 2 and report.installed == 4
     torch.testing.assert_close(first(model, called), logits)
     with pytest.raises(UnsupportedError, match="has an encoder"):
         stof_hf.tune(model, phase="prefill", progress=False)

@@ -51,7 +51,8 @@ class Choice:
         cls, scheme: Scheme, runs: Mapping[tuple[str, ...], tuple[str, Params | None]]
     ) -> Choice:
         """A scheme whose segments are computed alike where their operators are."""
-        runs = {**runs, ("attention",): ("attention", {})}
+        fixed = "attention", "cross attention"
+        runs = {**runs, **{(name,): (name, {}) for name in fixed}}
         return cls(scheme.bits, tuple(runs[segment] for segment in scheme.segments))
 
 
@@ -66,7 +67,7 @@ class Weights:
         """Those of all products of a layer."""
         made = cls()
         for operator in layer.operators:
-            if operator.name == "gemm":
+            if operator.projects:
                 made(operator.modules)
         return made
 
@@ -188,8 +189,6 @@ class Fused:
             return None
         if made.config is not None and implementation(made.config) not in IMPLEMENTATIONS:
             return None
-        if made.layer.returns_bias and context.position_bias is None:
-            return None
         key = hidden.shape, hidden.dtype, hidden.device
         steps = self._plans.get(key, _UNKNOWN)
         if steps is _UNKNOWN:
@@ -198,7 +197,7 @@ class Fused:
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
             steps = self._plans[key] = self._plan(module, made, hidden)
-        if steps is None:
+        if steps is None or not made.layer.begin(hidden, context):
             return None
         # Kernels that are prepared launch on the current device.
         if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
@@ -206,7 +205,9 @@ class Fused:
                 out = _through(steps, hidden, context)
         else:
             out = _through(steps, hidden, context)
-        return (out, context.position_bias, None) if made.layer.returns_bias else out
+        if made.layer.returns_biases:
+            return out, context.position_bias, context.cross_bias
+        return out
 
     def _remake(self, module: nn.Module, make: Any) -> _Made | None:
         # What was refused is looked at again only once it has changed.

@@ -83,13 +83,13 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
     for operator in layer.operators:
         for inner in operator.modules:
             name = names.get(id(inner), type(inner).__name__)
-            if operator.name == "gemm" and type(inner) not in (nn.Linear, Conv1D):
+            if operator.projects and type(inner) not in (nn.Linear, Conv1D):
                 return f"{name} is a {type(inner).__name__}, not nn.Linear"
             mine = [(f"{name}.{key}", p) for key, p in inner._parameters.items() if p is not None]
             if reason := next(filter(None, (_unlike(*each) for each in mine)), None):
                 return reason
             used += mine
-        if operator.name == "gemm":
+        if operator.projects:
             biases = {inner.bias is None for inner in operator.modules}
             if len(biases) > 1:
                 return "of projections side by side, some have a bias and some do not"

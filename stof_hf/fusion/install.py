@@ -35,6 +35,8 @@ FAMILIES = ("bert", "distilbert", "gpt2", "llama", "modernbert", "t5", "vit")
 #: Transformers' layers use; anything else that is given runs the layer's own code.
 _MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"
 _BIAS = "position_bias"
+_ENCODER, _CROSS_MASK = "encoder_hidden_states", "encoder_attention_mask"
+_CROSS_BIAS = "encoder_decoder_position_bias"
 _IGNORED = frozenset(("position_ids", "use_cache", "cache_position", "output_attentions"))
 
 
@@ -111,8 +113,15 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
         elif name == _CACHE:
             # Decoders with cross-attention have two in one.
             context.cache = getattr(value, "self_attention_cache", value)
+            context.caches = None if context.cache is value else value
         elif name == _MASK:
             context.mask = value
+        elif name == _ENCODER:
+            context.encoder = value
+        elif name == _CROSS_MASK:
+            context.cross_mask = value
+        elif name == _CROSS_BIAS:
+            context.cross_bias = value
         else:
             return None
     return context
@@ -237,6 +246,6 @@ def restore(model: nn.Module) -> int:
         if isinstance(layer, str):
             continue
         for operator in layer.operators:
-            if operator.name == "gemm" and len(operator.modules) > 1:
+            if operator.projects and len(operator.modules) > 1:
                 unpack(p for m in operator.modules for p in m._parameters.values() if p is not None)
     return len(layers)

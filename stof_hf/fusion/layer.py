@@ -25,16 +25,22 @@ class Operator:
     """One of `layer_ops.OPERATORS`.
 
     Args:
-        modules: of a product and its bias, the projections whose results stand side by side; of a
-            norm, the module; of a head norm, those of queries and keys.
+        modules: of a product and its bias, the projections whose results stand side by side; of
+            cross attention, those of keys and values; of a norm, the module; of a head norm, those
+            of queries and keys.
         function: the activation of "act" and "gate".
-        attention: of "attention", "rotary" and "head norm".
+        attention: of "attention", "cross attention", "rotary" and "head norm".
     """
 
     name: str
     modules: tuple[nn.Module, ...] = ()
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
     attention: Attention | None = None
+
+    @property
+    def projects(self) -> bool:
+        """Whether its modules are projections, of which several are packed into one."""
+        return self.name in ("gemm", "cross attention")
 
 
 @dataclass(frozen=True)
@@ -57,12 +63,21 @@ def product(*modules: nn.Module) -> tuple[Operator, ...]:
 
 @dataclass
 class Context:
-    """What a layer is called with besides its rows."""
+    """What a layer is called with besides its rows.
+
+    Args:
+        encoder: [B, Sk, N], the encoder's rows, and cross_*: what belongs to the attention to them.
+        caches: where there are two in one, of which `cache` is that of self-attention.
+    """
 
     mask: Any = None
     cache: Any = None
+    caches: Any = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
     position_bias: torch.Tensor | None = None
+    encoder: torch.Tensor | None = None
+    cross_mask: Any = None
+    cross_bias: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,17 +96,31 @@ class Layer:
         operators: in the order in which they run.
         norm_first: whether a norm begins a block (GPT-2, LLaMA), so that what stands in front of it
             is the residual, or ends one (BERT).
-        returns_bias: whether the layer is given a position bias, and returns (rows, the position
-            bias, None) as T5's do.
+        returns_biases: whether the layer is given a position bias, and returns (rows, the position
+            bias, that of cross attention) as T5's do.
+        position_bias: (rows, context) -> the position bias, where the layer is to compute it and
+            none is given; None where it cannot.
     """
 
     operators: tuple[Operator, ...]
     norm_first: bool
-    returns_bias: bool = False
+    returns_biases: bool = False
+    position_bias: Callable[[torch.Tensor, Context], torch.Tensor | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(operator.name for operator in self.operators)
+
+    def begin(self, rows: torch.Tensor, context: Context) -> bool:
+        """Whether the operators compute a call; the context has its position bias then."""
+        crosses = "cross attention" in self.names
+        if crosses != (context.encoder is not None):
+            return False
+        if crosses and context.caches is None and context.cache is not None:
+            return False
+        if self.returns_biases and context.position_bias is None and self.position_bias is not None:
+            context.position_bias = self.position_bias(rows, context)
+        return not self.returns_biases or context.position_bias is not None
 
     def compute(self, operator: Operator, state: Rows, context: Context) -> Rows:
         """One operator, as PyTorch has it."""
@@ -117,6 +146,11 @@ class Layer:
                 rows = rotate(rows, operator.attention, context)
             case "attention":
                 rows = attend(rows, operator.attention, context)
+            case "cross attention":
+                weight, bias = packed_weight(operator.modules), packed_bias(operator.modules)
+                rows = attend_encoder(rows, operator.attention, context, weight, bias)
+            case "clamp":
+                rows = clamp(rows)
         return Rows(rows, residual)
 
 
@@ -127,8 +161,10 @@ def packed_weight(modules: tuple[nn.Module, ...]) -> torch.Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-def packed_bias(modules: tuple[nn.Module, ...]) -> torch.Tensor:
-    """[N], likewise."""
+def packed_bias(modules: tuple[nn.Module, ...]) -> torch.Tensor | None:
+    """[N], likewise; None without biases."""
+    if modules[0].bias is None:
+        return None
     biases = [m.bias for m in modules]
     return biases[0] if len(biases) == 1 else torch.cat(biases)
 
@@ -172,15 +208,52 @@ def rotate(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
     return torch.cat((turned, values), 2).flatten(2)
 
 
+def clamp(rows: torch.Tensor) -> torch.Tensor:
+    """As T5's blocks do behind each of their parts in fp16."""
+    most = torch.finfo(rows.dtype).max
+    limit = torch.where(rows.isinf().any(), most - 1000, most)
+    return torch.clamp(rows, -limit, limit)
+
+
 def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
     """[B, S, H * D] by the attention function that the model is set to."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     q, k, v = split(rows, to)
     if context.cache is not None:
         k, v = context.cache.update(k, v, to.module.layer_idx)
+    return _attend(to, q, k, v, context.mask, context.position_bias)
+
+
+def attend_encoder(
+    rows: torch.Tensor, to: Attention, context: Context, weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """The same of queries [B, S, H * D] to the encoder's rows.
+
+    Args:
+        weight, bias: of keys and values side by side, which are computed where no cache has them.
+    """
+    q = rows.unflatten(-1, (to.heads, to.head_dim)).transpose(1, 2)
+    caches, index = context.caches, to.module.layer_idx
+    if caches is not None and caches.is_updated.get(index):
+        kept = caches.cross_attention_cache.layers[index]
+        k, v = kept.keys, kept.values
+    else:
+        both = F.linear(context.encoder, weight, bias).unflatten(-1, (-1, to.head_dim))
+        k, v = both.transpose(1, 2).chunk(2, dim=1)
+        if caches is not None:
+            k, v = caches.cross_attention_cache.update(k, v, index)
+            caches.is_updated[index] = True
+    return _attend(to, q, k, v, context.cross_mask, context.cross_bias)
+
+
+def _attend(
+    to: Attention, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any,
+    position_bias: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     eager = getattr(sys.modules[type(to.module).__module__], "eager_attention_forward", None)
     function = ALL_ATTENTION_FUNCTIONS.get(implementation(to.module.config), eager)
-    bias = {} if context.position_bias is None else {"position_bias": context.position_bias}
-    out, _ = function(to.module, q, k, v, context.mask, dropout=0.0, scaling=to.scaling, **bias)
-    return out.reshape(*rows.shape[:2], -1)
+    bias = {} if position_bias is None else {"position_bias": position_bias}
+    out, _ = function(to.module, q, k, v, mask, dropout=0.0, scaling=to.scaling, **bias)
+    return out.flatten(2)

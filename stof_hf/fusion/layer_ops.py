@@ -24,15 +24,19 @@ OPERATORS = {
     "head norm": "RMSNorm of each head of queries and keys",
     "rotary": "rotates queries and keys",
     "attention": "stof::attention",
+    "cross attention": "the same, to the encoder's rows, whose keys and values it computes",
     "act": "activation",
     "gate": "activation of the first half of the columns times the second",
     "residual": "adds the rows that came into the block",
+    "clamp": "where fp16 has overflowed, brings everything back between limits (T5)",
 }
 
 #: Segments, and the templates that compute them (`runners.TEMPLATES`), best guesses first. "torch"
 #: is PyTorch's own kernels, cuBLAS with what its epilogue can do, which the others compete with.
 SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention",): ("attention",),
+    ("cross attention",): ("cross attention",),
+    ("clamp",): ("overflow", "torch"),
     **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual", "head norm")},
     ("norm",): ("norm", "torch"),
     ("rotary",): ("rotary", "torch"),

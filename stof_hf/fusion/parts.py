@@ -79,17 +79,20 @@ def part_of(layer: Layer, begin: int, end: int, weights: Weights) -> Part:
     """
     operators = layer.operators[begin:end]
     found = {operator.name: operator for operator in operators}
-    product = found.get("gemm") or found.get("bias")
+    product = found.get("gemm") or found.get("bias") or found.get("cross attention")
     weight, bias = weights(product.modules) if product else (None, None)
     nonlinear = found.get("act") or found.get("gate")
     norm = found["norm"].modules[0] if "norm" in found else None
-    heads = found.get("rotary") or found.get("attention") or found.get("head norm")
+    heads = next((o.attention for o in operators if o.attention is not None), None)
+    # Of cross attention, the projections are its own.
+    crosses = "cross attention" in found
     return Part(
         operators, tuple(operator.name for operator in operators),
-        weight if "gemm" in found else None, bias if "bias" in found else None,
+        weight if crosses or "gemm" in found else None,
+        bias if crosses or "bias" in found else None,
         nonlinear and nonlinear.function,
         activation_name(nonlinear.function) if nonlinear else "none",
-        None if norm is None else norm_of(norm), norm, heads and heads.attention,
+        None if norm is None else norm_of(norm), norm, heads,
         layer.norm_first, text_of(operators, layer.norm_first),
     )  # fmt: skip
 

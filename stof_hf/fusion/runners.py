@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from .layer import Context, implementation, norm_heads, rotate, split
+from .layer import Context, attend_encoder, clamp, implementation, norm_heads, rotate, split
 from .parts import Part
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
@@ -199,6 +199,22 @@ def _attention(part: Part, params: Params, shape: Shape) -> Step:
     return step
 
 
+def _cross_attention(part: Part, params: Params, shape: Shape) -> Step:
+    to, weight, bias = part.attention, part.weight, part.bias
+
+    def step(rows, residual, context):
+        out = attend_encoder(rows.view(*shape, -1), to, context, weight, bias)
+        return out.flatten(0, 1), residual
+
+    return step
+
+
+def _overflow(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.overflow import overflow
+
+    return lambda rows, residual, _: (overflow(rows, params=params), residual)
+
+
 def _torch(part: Part, params: Params, shape: Shape) -> Step:
     steps, at = [], 0
     while at < len(part.names):
@@ -278,6 +294,10 @@ def _residual(part: Part, _: Shape) -> Step:
     return lambda rows, residual, _: (rows + residual, residual)
 
 
+def _clamp(part: Part, _: Shape) -> Step:
+    return lambda rows, residual, _: (clamp(rows), residual)
+
+
 def _head_norm(part: Part, _: Shape) -> Step:
     (operator,) = part.operators
     return lambda rows, residual, _: (norm_heads(rows, operator), residual)
@@ -302,6 +322,7 @@ _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
     ("act",): _act,
     ("gate",): _gate,
     ("residual",): _residual,
+    ("clamp",): _clamp,
     ("norm",): _norm_torch,
     ("head norm",): _head_norm,
     ("rotary",): _rotary_torch,
@@ -334,6 +355,12 @@ def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
 TEMPLATES: dict[str, Template] = {
     "torch": Template(_torch),
     "attention": Template(_attention),
+    "cross attention": Template(_cross_attention),
+    "overflow": Template(
+        _overflow, module="overflow",
+        default=lambda code, part, rows, device: code.default(),
+        fits=lambda code, params, part, memory: code.fits(params),
+    ),
     "gemm": Template(_gemm, _takes, "gemm", _gemm_default, _gemm_fits),
     "gated": Template(
         _gated, _takes, "gated",

@@ -107,7 +107,11 @@ class Sample:
         bias = "" if self.context.position_bias is None else ", biased"
         pattern = "" if self.pattern is None else f", pattern {_digest(self.pattern.fingerprint)}"
         chosen = implementation(attention.module.config)
-        return f", {self.tokens} keys, mask {self.mask}{pattern}{bias}, {chosen}"
+        crossed = ""
+        if (encoder := self.context.encoder) is not None:
+            masked = "no mask" if self.context.cross_mask is None else "a mask"
+            crossed = f", {encoder.shape[1]} of the encoder with {masked}"
+        return f", {self.tokens} keys, mask {self.mask}{pattern}{bias}{crossed}, {chosen}"
 
     @cached_property
     def states(self) -> list[Rows]:
@@ -130,7 +134,7 @@ class Sample:
         size = f"{self.rows} rows"
         if part.attention is not None:
             size = f"{self.shape[0]} x {self.shape[1]}"
-        if part.names == ("attention",):
+        if part.names in (("attention",), ("cross attention",)):
             size += self._attended
         return f"[{part.text}] {size} {_name(self.hidden.dtype)}"
 
@@ -157,8 +161,8 @@ class Sample:
         part, (begin, end) = self.part(bounds), bounds
         before, behind = self.states[begin], self.states[end]
         build = TEMPLATES[template].build
-        # A rotation works in place.
-        rows = before.rows.clone() if part.names[0] == "rotary" else before.rows
+        in_place = part.names[0] in ("rotary", "clamp")
+        rows = before.rows.clone() if in_place else before.rows
         got = self.try_once(bounds, template, params)
         for one, other in zip(got, (behind.rows, behind.residual), strict=True):
             # Behind a layer's last residual nobody reads what it had added.
@@ -285,8 +289,12 @@ def _sample(kind: str, layers: list[Found], call: dict[str, Any]) -> Sample | No
     attention = attention_of(layers[0].layer)
     if attention is not None and (cache := _cache_of(kwargs)) is not None:
         kwargs["past_key_values"] = _Frozen(*cache.update.results[attention.module.layer_idx])
-    context = context_of(kwargs)
-    return None if context is None else Sample(kind, layers, call[hidden], kwargs, context)
+    context, rows = context_of(kwargs), call[hidden]
+    if context is None or not layers[0].layer.begin(rows, context):
+        return None
+    if layers[0].layer.returns_biases:
+        kwargs["position_bias"] = context.position_bias
+    return Sample(kind, layers, rows, kwargs, context)
 
 
 def _cache_of(call: dict[str, Any]) -> Any:

@@ -105,7 +105,8 @@ class Search:
 
     def run(self) -> Result:
         for bounds in self.scheme.bounds:
-            self.measure(bounds, "attention" if self.is_attention(bounds) else "torch", {})
+            name = self.names[bounds[0]]
+            self.measure(bounds, name if self.is_attention(bounds) else "torch", {})
         unfused = tuple(self.best[bounds].time_us for bounds in self.scheme.bounds)
         if math.inf in unfused:
             failed = self.names[unfused.index(math.inf)]
@@ -133,7 +134,7 @@ class Search:
         return Result(self.scheme, runs, unfused, self.course, interrupted)
 
     def is_attention(self, bounds: Bounds) -> bool:
-        return self.names[slice(*bounds)] == ("attention",)
+        return self.names[slice(*bounds)] in (("attention",), ("cross attention",))
 
     def cost(self, scheme: Scheme) -> float:
         """Its time as far as it is measured; infinite where a segment is not."""
@@ -262,5 +263,5 @@ def _columns(sample: Sample) -> Iterator[int]:
             )
         elif operator.name == "gate":
             width //= 2
-        elif operator.name == "attention":
+        elif operator.name in ("attention", "cross attention"):
             width = operator.attention.heads * operator.attention.head_dim

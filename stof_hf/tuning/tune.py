@@ -298,7 +298,7 @@ def _unpack(layers: Iterator[Found]) -> None:
     """Give layers that keep their own code their own weights again."""
     for found in layers:
         for operator in found.layer.operators:
-            if operator.name == "gemm" and len(operator.modules) > 1:
+            if operator.projects and len(operator.modules) > 1:
                 unpack(p for m in operator.modules for p in m._parameters.values() if p is not None)
 
 

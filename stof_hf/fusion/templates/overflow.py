@@ -1,0 +1,89 @@
+"""What T5's blocks do where fp16 has overflowed: everything is clamped, in place.
+
+One kernel looks for infinities and leaves a flag a program; the other reads all flags and, as good
+as always, ends.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ...errors import UnsupportedError
+from .launch import launch
+from .norm_common import on_device_of, refuse_gradients
+
+SPACE: dict[str, tuple[int, ...]] = {"elements": (1024, 2048, 4096, 8192), "warps": (4, 8)}
+#: Programs of the first kernel, whose flags each program of the second reads at once.
+_MOST_FLAGS = 1024
+
+
+def default() -> dict[str, int]:
+    """Parameters of an untuned call."""
+    return {"elements": 4096, "warps": 8}
+
+
+def fits(params: dict[str, int]) -> bool:
+    """Whether a thread's elements stay in registers."""
+    return 4 <= params["elements"] // (32 * params["warps"]) <= 64
+
+
+@triton.jit
+def find_kernel(x_ptr, flag_ptr, count, each, ELEMENTS: tl.constexpr):
+    """Whether `each` elements from the program's first on hold an infinity."""
+    first = tl.program_id(0).to(tl.int64) * each
+    found = tl.zeros([ELEMENTS], tl.int32)
+    for at in range(0, each, ELEMENTS):
+        place = first + at + tl.arange(0, ELEMENTS)
+        x = tl.load(x_ptr + place, mask=place < count, other=0.0).to(tl.float32)
+        found |= (tl.abs(x) == float("inf")).to(tl.int32)
+    tl.store(flag_ptr + tl.program_id(0), tl.max(found, 0))
+
+
+@triton.jit
+def clamp_kernel(x_ptr, flag_ptr, flags, count, limit, ELEMENTS: tl.constexpr, FLAGS: tl.constexpr):
+    """Elements between -limit and limit, if there is a flag; NaN stays."""
+    flag = tl.arange(0, FLAGS)
+    if tl.max(tl.load(flag_ptr + flag, mask=flag < flags, other=0), 0) > 0:
+        place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+        x = tl.load(x_ptr + place, mask=place < count)
+        y = x.to(tl.float32)
+        y = tl.where(y > limit, limit, tl.where(y < -limit, -limit, y))
+        tl.store(x_ptr + place, y.to(x.dtype), mask=place < count)
+
+
+def overflow(x: torch.Tensor, *, params: dict[str, int] | None = None) -> torch.Tensor:
+    """Clamp to the largest number less 1000 if an element is infinite, in place.
+
+    Args:
+        x: fp16, contiguous.
+        params: of `SPACE`, for which `fits` holds; `default` chooses otherwise.
+
+    Returns:
+        x.
+
+    Raises:
+        UnsupportedError: another dtype or layout; a tensor that needs a gradient.
+
+    Example:
+        >>> hidden = overflow(hidden)  # doctest: +SKIP
+    """
+    refuse_gradients(x)
+    if x.dtype != torch.float16 or not x.is_contiguous():
+        raise UnsupportedError(f"x must be fp16 and contiguous, not {x.dtype} with {x.stride()}")
+    params = params or default()
+    count, elements = x.numel(), params["elements"]
+    if count:
+        steps = triton.cdiv(count, elements)
+        each = triton.cdiv(steps, _MOST_FLAGS) * elements
+        flags = torch.empty(triton.cdiv(count, each), dtype=torch.int32, device=x.device)
+        options = {"ELEMENTS": elements, "num_warps": params["warps"]}
+        limit = torch.finfo(x.dtype).max - 1000
+        with on_device_of(x):
+            launch(find_kernel, (len(flags),), x, flags, count, each, **options)
+            launch(
+                clamp_kernel, (steps,), x, flags, len(flags), count, limit, FLAGS=_MOST_FLAGS,
+                **options,
+            )  # fmt: skip
+    return x

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import attrgetter
+from collections.abc import Iterable
+from itertools import chain, repeat
+from operator import attrgetter, contains, getitem
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import UnsupportedError
 from .layer import Layer
 
-__all__ = ["Guard", "layer_of", "refusal"]
+__all__ = ["Guard", "columns", "layer_of", "pointer", "refusal"]
 
 #: Where Transformers' hooks live that record outputs; they do nothing but when it records.
 RECORDING = "transformers.utils.output_capturing"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _training = attrgetter("training")
+pointer = torch.Tensor.data_ptr
 
 
 class Guard:
     """What is compared: submodules, their classes, hooks and forwards, and where weights lie.
+
+    Every call compares all of it, so that it is read without a line of Python for each.
 
     A submodule that PEFT or a quantiser puts in another's place, a hook on any of them, dropout
     that trains, weights that were moved or replaced all make `holds` False.
@@ -32,9 +36,9 @@ class Guard:
     def __init__(self, layer_module: nn.Module):
         inner = list(layer_module.modules())[1:]
         parents = [layer_module, *inner]
-        self._children = [(m._modules, name) for m in parents for name in m._modules]
+        self._children = columns((m._modules, name) for m in parents for name in m._modules)
         held = ((m._parameters, name) for m in inner for name in m._parameters)
-        self._parameters = [(d, name) for d, name in held if d[name] is not None]
+        self._parameters = columns((d, name) for d, name in held if d[name] is not None)
         self._inner, self._types = inner, list(map(type, inner))
         self._dropouts = [m for m in inner if isinstance(m, nn.Dropout)]
         self._attributes = [m.__dict__ for m in inner]
@@ -47,12 +51,12 @@ class Guard:
     def state(self) -> tuple[Any, ...]:
         """All that is compared, by identity or as numbers."""
         return (
-            [children[name] for children, name in self._children],
+            list(map(getitem, *self._children)),
             list(map(type, self._inner)),
             list(map(len, self._hooks)),
-            ["forward" in attributes for attributes in self._attributes],
+            list(map(contains, self._attributes, repeat("forward"))),
             list(map(_training, self._dropouts)),
-            [parameters[name].data_ptr() for parameters, name in self._parameters],
+            list(map(pointer, map(getitem, *self._parameters))),
         )
 
     def holds(self) -> bool:
@@ -60,6 +64,15 @@ class Guard:
             return self.state() == self._expected
         except (KeyError, AttributeError):  # a submodule or a parameter is gone
             return False
+
+
+def columns(pairs: Iterable[tuple[Any, str]]) -> tuple[list[Any], list[str]]:
+    """The first and the second of all pairs."""
+    firsts, seconds = [], []
+    for first, second in pairs:
+        firsts.append(first)
+        seconds.append(second)
+    return firsts, seconds
 
 
 def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import attrgetter
+from itertools import chain, repeat
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from ..fusion.guard import RECORDING, Guard
+from ..fusion.guard import RECORDING, Guard, columns, pointer
 from ..hf.patching import configs_of
 
 __all__ = ["Watch", "device_of", "refusal"]
@@ -32,21 +32,21 @@ class Watch(Guard):
 
     def __init__(self, model: nn.Module):
         self._all = list(model.modules())
-        self._held = [
+        self._held = columns(
             (held, name)
             for held in chain((m._buffers for m in self._all), (model._parameters,))
             for name in held
             if held[name] is not None
-        ]
+        )
         self._configs = list(configs_of(model.config))
         super().__init__(model)
 
     def state(self) -> tuple[Any, ...]:
         return (
             *super().state(),
-            [held[name].data_ptr() for held, name in self._held],
+            list(map(pointer, map(getitem, *self._held))),
             list(map(_training, self._all)),
-            [attributes.get(name) for attributes in self._attributes for name in _stof],
+            *(list(map(dict.get, self._attributes, repeat(name))) for name in _stof),
             list(map(_settings, self._configs)),
             [getattr(config, "use_cache", None) for config in self._configs],
         )

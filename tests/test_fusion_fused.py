@@ -332,7 +332,7 @@ def test_t5_decoders(projection, monkeypatch, tmp_path):
     assert torch.equal(model.generate(**inputs, **options), want)
     restore(model)
     report = stof_hf.tune(model, batch_size=2, seq_len=16, budget_s=1, progress=False)
-    assert not report.skipped and len(report.layers) == 2 and report.installed == 4
+    assert not report.skipped and len(report.layers) == 2
     torch.testing.assert_close(first(model, called), logits)
     with pytest.raises(UnsupportedError, match="has an encoder"):
         stof_hf.tune(model, phase="prefill", progress=False)

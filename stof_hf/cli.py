@@ -484,7 +484,6 @@ def cache_clear(yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] 
     console.print(f"files removed: {cache.clear()}", highlight=False)
 
 
-@app.command()
 @bench_app.command("own")
 def bench_own(
     models: Annotated[str | None, typer.Option(help="Such as longformer,big_bird.")] = None,

@@ -7,8 +7,6 @@ residual) on rows [B * S, N], which launches and does nothing else.
 from __future__ import annotations
 
 import importlib
-import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from .layer import Context, attend_encoder, clamp, implementation, norm_heads, rotate, split
+from .layer import Context, attend, attend_encoder, clamp, norm_heads, rotate
 from .parts import Part
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
@@ -180,21 +178,10 @@ def _prepared(function: Callable[..., Any], checked: int = 0) -> Callable[..., A
 
 
 def _attention(part: Part, params: Params, shape: Shape) -> Step:
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     to = part.attention
-    module, scaling, rows_of = to.module, to.scaling, (math.prod(shape), to.heads * to.head_dim)
-    config = module.config
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
     def step(rows, residual, context):
-        q, k, v = split(rows.view(*shape, -1), to)
-        if context.cache is not None:
-            k, v = context.cache.update(k, v, module.layer_idx)
-        function = ALL_ATTENTION_FUNCTIONS.get(implementation(config), eager)
-        bias = {} if context.position_bias is None else {"position_bias": context.position_bias}
-        out, _ = function(module, q, k, v, context.mask, dropout=0.0, scaling=scaling, **bias)
-        return out.reshape(rows_of).contiguous(), residual
+        return attend(rows.view(*shape, -1), to, context).flatten(0, 1), residual
 
     return step
 

@@ -9,18 +9,11 @@ import sys
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled_kernel import MEMORY, shared_memory_of
 
 from stof_hf.fusion.parts import Norm
 from stof_hf.fusion.templates import common, gated, gemm, qkv
 
-TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.int32: "*i32", torch.int64: "*i64",
-}  # fmt: skip
-#: Shared memory of a block by compute capability.
-MEMORY = {90: 227 << 10, 89: 99 << 10}
 #: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
 TILES = [
     (256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4), (128, 128, 128, 8),
@@ -38,22 +31,8 @@ class Compiler:
         return self.compile
 
     def compile(self, *arguments, **options):
-        signature, constants, attributes = {}, {}, {}
-        for parameter, value in zip(self.kernel.params, arguments, strict=True):
-            name, divisible = parameter.name, {(parameter.num,): [["tt.divisibility", 16]]}
-            if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-                attributes |= divisible
-            elif isinstance(value, float):
-                signature[name] = "fp32"
-            else:
-                signature[name] = "i32"
-                attributes |= divisible if value % 16 == 0 else {}
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", self.capability, 32)
-        self.result = triton.compile(source, target=target, options=options)
+        values = dict(zip(self.kernel.arg_names, arguments, strict=True))
+        self.result = shared_memory_of(self.kernel, self.capability, values, options)
 
 
 def calls(family: str):
@@ -127,7 +106,7 @@ def main(family: str, norm: str = "") -> None:
         for name, tensors, options in (*given, *corners(given, module.fits, memory, bool(norm))):
             try:
                 function(*tensors, **options)
-                taken = compiler.result.metadata.shared
+                taken = compiler.result
             except Exception as error:
                 taken = repr(error)
             print(json.dumps([f"sm_{capability} {name}", taken, memory]), flush=True)

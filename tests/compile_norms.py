@@ -10,45 +10,16 @@ import sys
 from itertools import product
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiled_kernel import MEMORY, shared_memory_of
 
 from stof_hf.attention import select
 from stof_hf.fusion.templates import gemm_norm, norm, overflow, rotary
 
-TYPES = {
-    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32",
-}  # fmt: skip
-#: Shared memory of a block by compute capability.
-MEMORY = {90: 227 << 10, 89: 99 << 10}
 HALF, FULL = torch.float16, torch.float32
 
 
 def zeros(*shape, dtype=HALF):
     return torch.zeros(*shape, dtype=dtype)
-
-
-def compiled(kernel, capability, args, named):
-    """Bytes of shared memory that a launch with these arguments takes."""
-    values = dict(zip(kernel.arg_names, args, strict=False)) | named
-    signature, constants, attributes = {}, {}, {}
-    for parameter in kernel.params:
-        name, value = parameter.name, values.pop(parameter.name)
-        divisible = {(parameter.num,): [["tt.divisibility", 16]]}
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[name] = TYPES[value.dtype]
-            attributes |= divisible
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-            attributes |= divisible if value % 16 == 0 else {}
-    source = ASTSource(kernel, signature, constants, attributes)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=values).metadata.shared
 
 
 def norm_calls(memory):
@@ -131,7 +102,9 @@ if __name__ == "__main__":
         for name in calls(memory):
             args, named = launches.pop()
             try:
-                taken = compiled(kernel, capability, args, named)
+                given = dict(zip(kernel.arg_names, args, strict=False)) | named
+                options = {n: given.pop(n) for n in [*given] if n not in kernel.arg_names}
+                taken = shared_memory_of(kernel, capability, given, options)
             except Exception as error:
                 taken = repr(error)
             print(json.dumps([f"sm_{capability} {name}", taken, memory]), flush=True)

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
+from compiling import without_a_gpu, wrong
 from hypothesis import strategies as st
 
 from stof_hf.fusion.templates import common
@@ -63,13 +59,6 @@ def assert_defaults_fit(module):
 
 def assert_compiles(family, launches, *options):
     """Every launch that compile_fusion.py lists compiles and fits into shared memory."""
-    script = Path(__file__).with_name("compile_fusion.py")
-    paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, str(script), family, *options]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    cases = without_a_gpu("compile_fusion.py", family, *options)
     assert len(cases) == launches
-    wrong = [case for case in cases if isinstance(case[1], str) or case[1] > case[2]]
-    assert not wrong, wrong
+    assert not wrong(cases), wrong(cases)

@@ -4,15 +4,11 @@ Triton decides when a kernel is decorated, so TRITON_INTERPRET=1 has to be set b
 imported; conftest.py does so on machines without a GPU.
 """
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import without_a_gpu, wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import cases
@@ -238,27 +234,15 @@ def test_random_masks(case, dim, dtype, grouped):
     compare(q, k, v, mask, allowed)
 
 
-def without_a_gpu(*arguments):
-    """What compile_triton.py prints."""
-    script = Path(__file__).with_name("compile_triton.py")
-    paths = [str(script.parents[1]), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, script, *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.mark.timeout(600)
 def test_every_kernel_compiles_and_fits_into_shared_memory():
     """For GPUs that need not be here, with as many rows in a block as there can be."""
-    cases = without_a_gpu()
+    cases = without_a_gpu("compile_triton.py")
     assert len(cases) == 60
-    wrong = [case for case in cases if isinstance(case[1], str) or case[1] > case[2]]
-    assert not wrong, wrong
+    assert not wrong(cases), wrong(cases)
 
 
 def test_lengths_and_batches_share_compiled_kernels():
-    found = without_a_gpu("keys")
+    found = without_a_gpu("compile_triton.py", "keys")
     assert len(found) == 5
     assert all(set(kernels.values()) == {1} for _, kernels in found), found

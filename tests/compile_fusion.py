@@ -13,6 +13,7 @@ from compiled_kernel import MEMORY, shared_memory_of
 
 from stof_hf.fusion.parts import Norm
 from stof_hf.fusion.templates import common, gated, gemm, qkv
+from stof_hf.kernels import dependent
 
 #: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
 TILES = [
@@ -31,7 +32,9 @@ class Compiler:
         return self.compile
 
     def compile(self, *arguments, **options):
-        values = dict(zip(self.kernel.arg_names, arguments, strict=True))
+        names = self.kernel.arg_names
+        values = dict(zip(names, arguments, strict=False))
+        values |= {name: options.pop(name) for name in [*options] if name in names}
         self.result = shared_memory_of(self.kernel, self.capability, values, options)
 
 
@@ -100,6 +103,7 @@ def main(family: str, norm: str = "") -> None:
     for capability, memory in MEMORY.items():
         common.shared_memory = lambda device, memory=memory: memory
         common.multiprocessors = lambda device: 132
+        dependent.overlaps = lambda device, hopper=capability >= 90: hopper
         common.default.cache_clear()
         compiler = Compiler(original, capability)
         setattr(module, kernel, compiler)

@@ -14,6 +14,7 @@ from compiled_kernel import MEMORY, shared_memory_of
 
 from stof_hf.attention import select
 from stof_hf.fusion.templates import gemm_norm, norm, overflow, rotary
+from stof_hf.kernels import dependent
 
 HALF, FULL = torch.float16, torch.float32
 
@@ -99,6 +100,7 @@ if __name__ == "__main__":
     kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory
+        dependent.overlaps = lambda device, hopper=capability >= 90: hopper
         for name in calls(memory):
             args, named = launches.pop()
             try:

@@ -94,6 +94,7 @@ def calls():
     causal, sparse = patterns.Causal(), patterns.Longformer(40, (0,))
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory
+        backend.overlaps = lambda device, hopper=capability >= 90: hopper
         for dtype, dim, (q_len, padded, bias) in product(
             (torch.float16, torch.float32), (64, 128, 256), SHAPES
         ):

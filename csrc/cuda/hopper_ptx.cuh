@@ -38,9 +38,11 @@ __device__ __forceinline__ void store_box(const CUtensorMap* map, const void* fr
                : "memory");
 }
 
-// Waits until the boxes that this thread stores have been read from shared memory.
+// Waits until the boxes that this thread stores have been read from shared memory, but for those of the last
+// `Pending` such calls.
+template <int Pending = 0>
 __device__ __forceinline__ void wait_boxes_read() {
-  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group.read %0;" ::"n"(Pending) : "memory");
 }
 
 __device__ __forceinline__ void load_bytes(void* to, const void* from, int bytes, uint64_t* barrier) {
@@ -113,6 +115,10 @@ __device__ __forceinline__ void write_rows(T (&to)[Chunks][64][64], int first, c
   STOF_LIST32                                                                                        \
   ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "     \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define STOF_LIST96                                                                                  \
+  STOF_LIST64                                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "     \
+  "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
 // d[64 x 2 M] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous.
 template <typename T, int M>
@@ -126,9 +132,12 @@ __device__ __forceinline__ void product_ss(float (&d)[M], uint64_t a, uint64_t b
 #define STOF_SS_OF(type)                                                                             \
   if constexpr (M == 32)                                                                             \
     STOF_SS("64", type, STOF_LIST32, "%32", "%33", "%34", STOF_ACC32(d, 0));                         \
+  else if constexpr (M == 64)                                                                        \
+    STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", STOF_ACC32(d, 0), STOF_ACC32(d, 32));     \
   else                                                                                               \
-    STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", STOF_ACC32(d, 0), STOF_ACC32(d, 32));
-  static_assert(M == 32 || M == 64);
+    STOF_SS("192", type, STOF_LIST96, "%96", "%97", "%98", STOF_ACC32(d, 0), STOF_ACC32(d, 32),      \
+            STOF_ACC32(d, 64));
+  static_assert(M == 32 || M == 64 || M == 96);
   if constexpr (std::is_same_v<T, __half>) {
     STOF_SS_OF("f16");
   } else {

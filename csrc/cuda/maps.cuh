@@ -64,18 +64,20 @@ constexpr const char* kNoEncode = "the CUDA driver has no cuTensorMapEncodeTiled
 constexpr const char* kNoMap =
     "query, key or value cannot be described to the copy engine: strides must be multiples of 16 bytes";
 
-// A map of [batch, head, row, column] whose boxes are box_rows x 64 elements, swizzled by 128 bytes.
+// A map of [batch, head, row, column] whose boxes are box_rows x Columns elements, swizzled by the bytes of a row.
 // Promotion to 256 bytes costs what only streams 8 % of device memory's throughput, sparse masks up to 10 %.
-template <typename T>
+template <typename T, int Columns = 64>
 bool make_map(CUtensorMap& map, Encode encode, const void* data, const Strides3& strides, int64_t columns,
               int64_t rows, int64_t heads, int64_t batch, int box_rows) {
   const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const cuuint64_t sizes[4] = {(cuuint64_t)columns, (cuuint64_t)rows, (cuuint64_t)heads, (cuuint64_t)batch};
   auto bytes = [](int64_t stride, int64_t size) { return size == 1 ? 16 : (cuuint64_t)stride * sizeof(T); };
   const cuuint64_t far[3] = {bytes(strides.row, rows), bytes(strides.head, heads), bytes(strides.batch, batch)};
-  const cuuint32_t box[4] = {64, (cuuint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
+  const cuuint32_t box[4] = {Columns, (cuuint32_t)box_rows, 1, 1}, one[4] = {1, 1, 1, 1};
+  static_assert(Columns == 64 || Columns == 32);
+  const auto swizzle = Columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   return encode(&map, type, 4, const_cast<void*>(data), sizes, far, box, one, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 

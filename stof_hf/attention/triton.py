@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 
+from ..kernels.dependent import overlaps
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import calls, select
@@ -194,12 +195,13 @@ class _BlockCall(_Common):
             self.dim, self.v_dim, self.bd, self.bdv, plan.rows, config.unit, self.split,
             len(mask.row_ptr) > 1, self.whole, has_valid, softcap > 0,
             bias is not None, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
-            INTERPRETED,
+            INTERPRETED, overlaps(q.device),
         )  # fmt: skip
         self.main = _Kernel(
             kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
             numbers + constants,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+            launch_pdl=overlaps(q.device),
         )  # fmt: skip
         if self.split:
             merges = plan.merges.shape[1]

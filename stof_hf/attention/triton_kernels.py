@@ -12,6 +12,8 @@ counts and batches may change without another compilation.
 import triton
 import triton.language as tl
 
+from ..kernels.dependent import await_kernels_before
+
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -121,13 +123,14 @@ def block_kernel(
     ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
     WHOLE: tl.constexpr, VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     BIAS_ALIGNED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, SIMPLE: tl.constexpr,
-    STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    STAGES: tl.constexpr, INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
     The grid is (heads of a group, items, groups): a group's keys stay in L2, and its items start
     heaviest first. With WHOLE, kv_len is a multiple of 64.
     """
+    await_kernels_before(DEPENDENT)
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
     if bh >= copies:
         return

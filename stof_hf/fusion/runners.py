@@ -25,6 +25,8 @@ Step = Callable[[torch.Tensor, torch.Tensor, Context], tuple[torch.Tensor, torch
 #: (batch size, tokens) of a call.
 Shape = tuple[int, int]
 
+#: Rows from which on large tiles keep the multiprocessors of a GPU busy.
+_MANY = 512
 #: Rows whose norm may be computed by each tile of the product behind it (docs/performance.md).
 _FEW = 4096
 #: Attention implementations whose masks say all that a layer's window and causality do.
@@ -78,6 +80,18 @@ def _gemm(part: Part, params: Params, shape: Shape) -> Step:
         return lambda rows, residual, _: (add(rows, residual), residual)
     options = {"activation": part.activation, "norm": part.norm, "params": params}
     return _producing(part, _prepared(lambda rows: gemm(rows, weight, bias, **options)))
+
+
+def _gemm_hopper(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemm_hopper import Gemm
+
+    call = Gemm(
+        part.weight, part.bias, activation=part.activation, gated="gate" in part.names,
+        params=params,
+    )  # fmt: skip
+    if "residual" in part.names:
+        return lambda rows, residual, _: (call(rows, residual), residual)
+    return lambda rows, residual, _: (call(rows), residual)
 
 
 def _gated(part: Part, params: Params, shape: Shape) -> Step:
@@ -334,6 +348,19 @@ def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Par
     return code.default(rows, *part.weight.shape, part.weight.dtype, device, norm=norm)
 
 
+def _takes_hopper(part: Part) -> bool:
+    from .templates.gemm_hopper import serves
+
+    return _takes(part) and serves(part.weight, gated="gate" in part.names)
+
+
+def _hopper_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    if rows < _MANY:
+        raise UnsupportedError(f"tiles of 128 rows and more are not for {rows} rows")
+    gated = "gate" in part.names
+    return code.default(rows, part.weight.shape[0] // (1 + gated), device, gated=gated)
+
+
 def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
     norm = part.norm is not None
     return code.fits(params, part.weight.dtype, shared_memory=memory, norm=norm)
@@ -356,6 +383,10 @@ TEMPLATES: dict[str, Template] = {
             norm=_in_front(part, rows),
         ),
         _gemm_fits,
+    ),
+    "gemm_hopper": Template(
+        _gemm_hopper, _takes_hopper, "gemm_hopper", _hopper_default,
+        lambda code, params, part, memory: code.fits(params),
     ),
     "qkv": Template(_qkv, _takes, "qkv", _gemm_default, _gemm_fits),
     "rotary": Template(

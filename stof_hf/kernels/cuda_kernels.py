@@ -13,7 +13,7 @@ __all__ = ["FAMILIES", "Family", "Kernel", "all_kernels", "kernel"]
 class Family:
     """Kernels of one source file, compiled into a library per head size, dtype and architecture.
 
-    A family that depends on neither has the head size None and the dtype None.
+    A family that does not depend on one of them has None for it.
 
     Args:
         sources: files in csrc/cuda.
@@ -33,6 +33,7 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "hopper": Family(("hopper.cu",), ("sm_90a",), (64, 128)),
     "band": Family(("band.cu",), ("sm_90a",), (64, 128)),
+    "gemm": Family(("gemm.cu",), ("sm_90a",), (None,), seconds=12),
     "tiles": Family(
         ("tiles.cu",), ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"), (None,), (None,)
     ),
@@ -67,9 +68,8 @@ class Kernel:
     @property
     def name(self) -> str:
         """File name of the library, without its ending."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        variant = () if self.head_dim is None else (str(self.head_dim), dtype)
-        return "-".join((self.family, *variant, self.architecture))
+        size = () if self.head_dim is None else (str(self.head_dim),)
+        return "-".join((self.family, *size, *_dtype(self.dtype), self.architecture))
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -83,21 +83,22 @@ class Kernel:
     def flags(self) -> tuple[str, ...]:
         """What tells this library from the others of its family."""
         virtual = self.architecture.replace("sm_", "compute_")
-        flags = (f"-gencode=arch={virtual},code={self.architecture}",)
-        if self.head_dim is None or self.dtype is None:
-            return flags
-        return (
-            *flags,
-            f"-DSTOF_HEAD_DIM={self.head_dim}",
-            f"-DSTOF_DTYPE={_TYPES[self.dtype]}",
-        )
+        flags = [f"-gencode=arch={virtual},code={self.architecture}"]
+        if self.head_dim is not None:
+            flags.append(f"-DSTOF_HEAD_DIM={self.head_dim}")
+        if self.dtype is not None:
+            flags.append(f"-DSTOF_DTYPE={_TYPES[self.dtype]}")
+        return tuple(flags)
 
 
 def describe(family: str, head_dim: int | None, dtype: torch.dtype | None) -> str:
     """Such as "hopper, head size 64, float16", for messages."""
-    if head_dim is None:
-        return family
-    return f"{family}, head size {head_dim}, {str(dtype).removeprefix('torch.')}"
+    size = () if head_dim is None else (f"head size {head_dim}",)
+    return ", ".join((family, *size, *_dtype(dtype)))
+
+
+def _dtype(dtype: torch.dtype | None) -> tuple[str, ...]:
+    return () if dtype is None else (str(dtype).removeprefix("torch."),)
 
 
 def kernel(

@@ -1,1 +1,1 @@
-"""Fused Triton kernels, one family a file: its search space, defaults, limits and one function."""
+"""Fused kernels, one family a file: its search space, defaults, limits and one function."""

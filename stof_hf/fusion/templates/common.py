@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ...attention.select import multiprocessors, shared_memory
 from ...errors import UnsupportedError
+from ...kernels.dependent import fetch
 from .prologue import NORMALISING, normalised, statistics, statistics_bytes
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -26,6 +27,8 @@ SPACE: dict[str, tuple[int, ...]] = {
     "warps": (4, 8),
     "stages": (2, 3, 4, 5),
 }
+#: Blocks that run at once, at least.
+MOST_FETCHING = tl.constexpr(264)
 #: Bytes that a thread's share of a tile may take in the operands' dtype, so that the loop has
 #: registers left. Products of fp32 split their operands, which takes more of them.
 _THREAD_BYTES = 256
@@ -80,6 +83,27 @@ def weight_pointers(w_ptr, rows, w_n, w_k, BK: tl.constexpr):
     # 64 bits, because a vocabulary or many experts times a hidden size pass 2^31.
     along = tl.arange(0, BK).to(tl.int64) * w_k
     return w_ptr + along[:, None] + (rows.to(tl.int64) * w_n)[None, :]
+
+
+@triton.jit
+def fetch_weights(w_ptr, rows, n, k, w_n, w_k, BN: tl.constexpr, DEPENDENT: tl.constexpr):
+    """Has these rows of a weight [N, K] brought nearer, while the kernel in front still runs.
+
+    Where blocks are many, those behind the first find no kernel in front of them any more.
+    """
+    # In one condition, Triton would make a branch of it on other GPUs too.
+    if DEPENDENT:  # noqa: SIM102
+        if tl.num_programs(0) <= MOST_FETCHING:
+            line = tl.arange(0, 4) * 64
+            if w_k == 1:
+                starts = w_ptr + tl.minimum(rows, n - 1).to(tl.int64) * w_n
+                for start in range(0, k, 256):
+                    fetch(starts[:, None] + tl.minimum(start + line, k - 1)[None, :])
+            else:
+                column = tl.minimum(tl.min(rows, 0) + tl.arange(0, (BN + 31) // 32) * 32, n - 1)
+                for start in range(0, k, 32):
+                    depth = tl.minimum(start + tl.arange(0, 32), k - 1).to(tl.int64)
+                    fetch(w_ptr + (depth * w_k)[:, None] + (column * w_n)[None, :])
 
 
 @triton.jit

@@ -12,8 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from . import common
-from .common import SPACE, activate, check_rows, tile_of, two_products, weight_pointers
+from .common import (
+    SPACE,
+    activate,
+    check_rows,
+    fetch_weights,
+    tile_of,
+    two_products,
+    weight_pointers,
+)
 from .launch import launch
 from .prologue import arguments, check_norm
 
@@ -29,12 +39,15 @@ def gated_kernel(
     m, n, k, x_m, gate_n, gate_k, up_n, up_k,
     ACT: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    NORM: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of act(y @ gate^T) * (y @ up^T), y = norm(x)."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
+    fetch_weights(gate_ptr, columns, n, k, gate_n, gate_k, BN, DEPENDENT)
+    fetch_weights(up_ptr, columns, n, k, up_n, up_k, BN, DEPENDENT)
+    await_kernels_before(DEPENDENT)
     rows_in = rows < m
     columns_in = columns < n
     rows = rows.to(tl.int64)
@@ -111,6 +124,6 @@ def gated(
             x, gate, up, out, *of_norm, m, n, k, x.stride(0), *gate.stride(), *up.stride(),
             activation, k % params["block_k"] == 0, params["block_m"], params["block_n"],
             params["block_k"], params["group_m"], *prologue,
-            num_warps=params["warps"], num_stages=params["stages"],
+            num_warps=params["warps"], num_stages=params["stages"], **dependent.options(x.device),
         )  # fmt: skip
     return out

@@ -13,8 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from . import common
-from .common import SPACE, activate, check_rows, dot, tile_of, weight_pointers
+from .common import (
+    SPACE,
+    activate,
+    check_rows,
+    dot,
+    fetch_weights,
+    tile_of,
+    weight_pointers,
+)
 from .launch import launch
 from .prologue import arguments, check_norm, normalised, statistics
 
@@ -30,12 +40,14 @@ def gemm_kernel(
     m, n, k, x_m, w_n, w_k, residual_m,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    NORM: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One [BM, BN] tile of act(norm(x) @ w^T + bias) + residual."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
+    fetch_weights(w_ptr, columns, n, k, w_n, w_k, BN, DEPENDENT)
+    await_kernels_before(DEPENDENT)
     rows_in = rows < m
     columns_in = columns < n
     rows = rows.to(tl.int64)
@@ -147,6 +159,6 @@ def gemm(
             0 if residual is None else residual.stride(0), activation, bias is not None,
             residual is not None, k % params["block_k"] == 0, params["block_m"], params["block_n"],
             params["block_k"], params["group_m"], *prologue,
-            num_warps=params["warps"], num_stages=params["stages"],
+            num_warps=params["warps"], num_stages=params["stages"], **dependent.options(x.device),
         )  # fmt: skip
     return out

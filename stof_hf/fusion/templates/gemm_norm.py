@@ -17,6 +17,8 @@ from ...attention import select
 from ...attention.triton import INTERPRETED
 from ...attention.triton_kernels import _dot
 from ...errors import UnsupportedError
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from .launch import launch
 from .norm_common import (
     add_rows,
@@ -83,9 +85,10 @@ def gemm_norm_kernel(
     m, x_stride, w_n, w_k, residual_stride, eps, offset,
     N: tl.constexpr, K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, RMS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
-    SHIFT: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr,
+    SHIFT: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows; out and sum are contiguous."""
+    await_kernels_before(DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_N)
     ks = tl.arange(0, BLOCK_K)
@@ -175,6 +178,7 @@ def gemm_norm(
                 RMS=rms, BIAS=bias is not None, RESIDUAL=residual is not None,
                 SHIFT=norm_bias is not None, SUM=return_sum, INTERPRETED=INTERPRETED,
                 num_warps=params["warps"], num_stages=params["stages"],
+                **dependent.options(x.device),
             )  # fmt: skip
     return (out, total) if return_sum else out
 

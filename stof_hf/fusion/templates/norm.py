@@ -12,6 +12,8 @@ import triton.language as tl
 
 from ...attention import select
 from ...errors import UnsupportedError
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from .launch import launch
 from .norm_common import (
     add_rows,
@@ -63,8 +65,10 @@ def norm_kernel(
     m, x_stride, residual_stride, eps, offset,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SHIFT: tl.constexpr, SUM: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows; out and sum are contiguous."""
+    await_kernels_before(DEPENDENT)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, BLOCK_N)
     inside = (rows < m)[:, None] & (cols < N)[None, :]
@@ -140,6 +144,6 @@ def norm(
                 m, x.stride(0), 0 if residual is None else residual.stride(0), eps, offset,
                 N=n, BLOCK_N=width(n), ROWS=params["rows"], RMS=rms, BIAS=bias is not None,
                 RESIDUAL=residual is not None, SHIFT=norm_bias is not None, SUM=return_sum,
-                num_warps=params["warps"],
+                num_warps=params["warps"], **dependent.options(x.device),
             )  # fmt: skip
     return (out, total) if return_sum else out

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from ...errors import UnsupportedError
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from .launch import launch
 from .norm_common import on_device_of, refuse_gradients
 
@@ -30,8 +32,9 @@ def fits(params: dict[str, int]) -> bool:
 
 
 @triton.jit
-def find_kernel(x_ptr, flag_ptr, count, each, ELEMENTS: tl.constexpr):
+def find_kernel(x_ptr, flag_ptr, count, each, ELEMENTS: tl.constexpr, DEPENDENT: tl.constexpr):
     """Whether `each` elements from the program's first on hold an infinity."""
+    await_kernels_before(DEPENDENT)
     first = tl.program_id(0).to(tl.int64) * each
     found = tl.zeros([ELEMENTS], tl.int32)
     for at in range(0, each, ELEMENTS):
@@ -42,8 +45,10 @@ def find_kernel(x_ptr, flag_ptr, count, each, ELEMENTS: tl.constexpr):
 
 
 @triton.jit
-def clamp_kernel(x_ptr, flag_ptr, flags, count, limit, ELEMENTS: tl.constexpr, FLAGS: tl.constexpr):
+def clamp_kernel(x_ptr, flag_ptr, flags, count, limit, ELEMENTS: tl.constexpr, FLAGS: tl.constexpr,
+                 DEPENDENT: tl.constexpr):  # fmt: skip
     """Elements between -limit and limit, if there is a flag; NaN stays."""
+    await_kernels_before(DEPENDENT)
     flag = tl.arange(0, FLAGS)
     if tl.max(tl.load(flag_ptr + flag, mask=flag < flags, other=0), 0) > 0:
         place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
@@ -79,6 +84,7 @@ def overflow(x: torch.Tensor, *, params: dict[str, int] | None = None) -> torch.
         each = triton.cdiv(steps, _MOST_FLAGS) * elements
         flags = torch.empty(triton.cdiv(count, each), dtype=torch.int32, device=x.device)
         options = {"ELEMENTS": elements, "num_warps": params["warps"]}
+        options |= dependent.options(x.device)
         limit = torch.finfo(x.dtype).max - 1000
         with on_device_of(x):
             launch(find_kernel, (len(flags),), x, flags, count, each, **options)

@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 
 from ...errors import UnsupportedError
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from . import common
-from .common import SPACE, check_rows, tile_of, two_products, weight_pointers
+from .common import SPACE, check_rows, fetch_weights, tile_of, two_products, weight_pointers
 from .gemm import default, fits, gemm
 from .launch import launch
 from .prologue import arguments, check_norm
@@ -34,7 +36,7 @@ def rotary_kernel(
     m, n, k, x_m, w_n, w_k, cos_m, sin_m, length, rotated_heads,
     HALF: tl.constexpr, BIAS: tl.constexpr, POSITIONS: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
-    NORM: tl.constexpr, CHUNK: tl.constexpr,
+    NORM: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """BM rows of BN pairs of columns of norm(x) @ w^T + bias, rotated in rotated_heads heads."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n // 2, BN), GROUP_M)
@@ -45,6 +47,9 @@ def rotary_kernel(
     head = pairs // HALF
     dim = pairs % HALF
     columns = head * (2 * HALF) + dim
+    fetch_weights(w_ptr, columns, n, k, w_n, w_k, BN, DEPENDENT)
+    fetch_weights(w_ptr, columns + HALF, n, k, w_n, w_k, BN, DEPENDENT)
+    await_kernels_before(DEPENDENT)
     step = tl.full([], BK, tl.int64) * w_k
     low, high = two_products(
         x_ptr + rows.to(tl.int64) * x_m,
@@ -156,7 +161,7 @@ def qkv(
             heads + kv_heads, n // packed // 2, bias is not None, positions is not None,
             k % params["block_k"] == 0, params["block_m"], pairs, params["block_k"],
             params["group_m"], *prologue,
-            num_warps=params["warps"], num_stages=params["stages"],
+            num_warps=params["warps"], num_stages=params["stages"], **dependent.options(x.device),
         )  # fmt: skip
     return out
 

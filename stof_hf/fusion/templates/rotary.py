@@ -13,6 +13,8 @@ import triton.language as tl
 
 from ...attention import select
 from ...errors import UnsupportedError
+from ...kernels import dependent
+from ...kernels.dependent import await_kernels_before
 from .launch import launch
 from .norm_common import DTYPES, on_device_of, refuse_gradients
 
@@ -78,8 +80,10 @@ def rotary_kernel(
     q_ptr, k_ptr, cos_ptr, sin_ptr, n_tokens, seq_len, q_heads, k_heads, q_chunks,
     q_b, q_s, q_h, k_b, k_s, k_h, cos_b, cos_s, sin_b, sin_s,
     HALF: tl.constexpr, BLOCK: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """The grid is (blocks of tokens of all batches, blocks of query heads, then of key heads)."""
+    await_kernels_before(DEPENDENT)
     chunk = tl.program_id(1)
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     batches = tokens // seq_len
@@ -146,7 +150,7 @@ def rotary(
             q, k, cos, sin, batch * seq_len, seq_len, heads, k.shape[2], q_chunks,
             *q.stride()[:3], *k.stride()[:3], *factors[0], *factors[1],
             HALF=half, BLOCK=_width(2 * half), TOKENS=params["tokens"], HEADS=params["heads"],
-            num_warps=params["warps"],
+            num_warps=params["warps"], **dependent.options(q.device),
         )  # fmt: skip
 
 

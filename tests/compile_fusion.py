@@ -1,30 +1,37 @@
 """Compiles the launches of a GEMM template for GPUs that need not be here; prints JSON.
 
-Usage: python compile_fusion.py gemm|gated|qkv [norm]. Run in a process of its own, because kernels
-that are to be interpreted, as a test's own are on a CPU, cannot be compiled.
+Usage: python compile_fusion.py gemm|gated|qkv [norm], or gemm_tma. Run in a process of its own,
+because kernels that are to be interpreted, as a test's own are on a CPU, cannot be compiled.
 """
 
 import json
 import sys
+from itertools import product
 
 import torch
 import triton
-from compiled_kernel import MEMORY, shared_memory_of
+from compiled_kernel import MEMORY, shared_memory_of, shared_memory_of_wgmma
 
 from stof_hf.fusion.parts import Norm
-from stof_hf.fusion.templates import common, gated, gemm, qkv
+from stof_hf.fusion.templates import common, gated, gemm, gemm_tma, qkv
 
 #: Corners of the space (block_m, block_n, block_k, warps), compiled with all the stages that fit.
 TILES = [
     (256, 128, 64, 8), (64, 256, 32, 8), (16, 32, 128, 8), (256, 32, 128, 4), (128, 128, 128, 8),
 ]  # fmt: skip
 
+#: The same of the space of gemm_tma, with halves for warps, of which there are as few as fit.
+TMA_TILES = [
+    (256, 128, 64, 1), (128, 256, 128, 2), (64, 256, 64, 2), (256, 64, 32, 2), (64, 64, 32, 2),
+    (128, 64, 128, 1),
+]  # fmt: skip
+
 
 class Compiler:
     """Stands in for a kernel: a launch compiles it for a target and keeps what that gave."""
 
-    def __init__(self, kernel: triton.JITFunction, capability: int):
-        self.kernel, self.capability = kernel, capability
+    def __init__(self, kernel: triton.JITFunction, capability: int, measure=shared_memory_of):
+        self.kernel, self.capability, self.measure = kernel, capability, measure
         self.result = None
 
     def __getitem__(self, grid):
@@ -32,7 +39,7 @@ class Compiler:
 
     def compile(self, *arguments, **options):
         values = dict(zip(self.kernel.arg_names, arguments, strict=True))
-        self.result = shared_memory_of(self.kernel, self.capability, values, options)
+        self.result = self.measure(self.kernel, self.capability, values, options)
 
 
 def calls(family: str):
@@ -88,14 +95,59 @@ def corners(given, fits, memory: int, norm: bool):
                 break
 
 
+def tma_calls():
+    """Sizes, options and parameters of gemm_tma: defaults, and TMA_TILES as far as they fit."""
+    sizes = (512, 768, 768), (4096, 3072, 768), (32768, 768, 3072), (1000, 1960, 1000)
+    options = {}, {"bias": True, "activation": "gelu"}, {"bias": True, "residual": True}
+    gate = {"gate": True, "activation": "gelu"}
+    for size, option in product(sizes, (*options, gate)):
+        yield size, option, gemm_tma.default(*size, torch.float16, None, **form_of(option))
+    for tile, option in product(TMA_TILES, (*options, gate)):
+        params = dict(zip(("block_m", "block_n", "block_k", "halves"), tile, strict=True))
+        for warps, stages in product((4, 8), reversed(gemm_tma.SPACE["stages"])):
+            params |= {"group_m": 8, "warps": warps, "stages": stages}
+            if gemm_tma.fits(params, torch.float16, shared_memory=MEMORY[90], **form_of(option)):
+                yield (4096, 3072, 1024), option, params
+                break
+
+
+def form_of(option):
+    return {name: name in option for name in ("gate", "residual")}
+
+
+def tma() -> None:
+    compiler = Compiler(gemm_tma.gemm_tma_kernel, 90, shared_memory_of_wgmma)
+    gemm_tma.gemm_tma_kernel = compiler
+    gemm_tma.shared_memory = lambda device: MEMORY[90]
+    gemm_tma.multiprocessors = lambda device: 132
+    for i, ((m, n, k), option, params) in enumerate(tma_calls()):
+        dtype = (torch.float16, torch.bfloat16)[i // 2 % 2]
+        x, residual = (torch.empty(m, size, dtype=dtype, device="meta") for size in (k, n))
+        w = torch.empty(n * (1 + ("gate" in option)), k, dtype=dtype, device="meta")
+        transposed = i % 2 and "gate" not in option
+        w = w.t().contiguous().t() if transposed else w
+        given = option | {"bias": w[:n, 0].contiguous(), "residual": residual}
+        try:
+            gemm_tma.gemm_tma(x, w, **{name: given[name] for name in option}, params=params)
+            taken = compiler.result
+            if gemm_tma.fits(params, dtype, shared_memory=taken - 1, **form_of(option)):
+                taken = f"takes {taken} bytes, more than `fits` counts"
+        except Exception as error:
+            taken = repr(error)
+        name = f"{m}x{n}x{k} {dtype} {transposed=} {option} {params}"
+        print(json.dumps([f"sm_90 {name}", taken, MEMORY[90]]), flush=True)
+
+
 def main(family: str, norm: str = "") -> None:
+    common.check = lambda *arguments: None
+    if family == "gemm_tma":
+        return tma()
     module, kernel = {
         "gemm": (gemm, "gemm_kernel"),
         "gated": (gated, "gated_kernel"),
         "qkv": (qkv, "rotary_kernel"),
     }[family]
     function, original = getattr(module, family), getattr(module, kernel)
-    common.check = lambda *arguments: None
     given = list(normalised(family) if norm else calls(family))
     for capability, memory in MEMORY.items():
         common.shared_memory = lambda device, memory=memory: memory

@@ -1,9 +1,15 @@
 """A Triton kernel compiled for a GPU that need not be here, for the scripts that tests run."""
 
+import contextlib
+import io
+import re
+
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 TYPES = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
@@ -13,8 +19,8 @@ TYPES = {
 MEMORY = {90: 227 << 10, 89: 99 << 10}
 
 
-def shared_memory_of(kernel, capability, values, options):
-    """Bytes of shared memory that a launch takes.
+def compiled(kernel, capability, values, options):
+    """A launch's kernel.
 
     Args:
         values: of the kernel's parameters, by name; tensors are taken for aligned ones.
@@ -29,6 +35,9 @@ def shared_memory_of(kernel, capability, values, options):
         elif isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
             attributes |= divisible
+        elif isinstance(value, TensorDescriptor):
+            element, shape = TYPES[value.base.dtype][1:], ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{element}[{shape}]>"
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -36,4 +45,30 @@ def shared_memory_of(kernel, capability, values, options):
             attributes |= divisible if value % 16 == 0 else {}
     source = ASTSource(kernel, signature, constants, attributes)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=options).metadata.shared
+    return triton.compile(source, target=target, options=options)
+
+
+def shared_memory_of(*launch):
+    """Bytes of shared memory that a launch takes; see `compiled` for the arguments."""
+    return compiled(*launch).metadata.shared
+
+
+def shared_memory_of_wgmma(*launch):
+    """The same of a kernel whose products run by wgmma, of operands that TMA loads.
+
+    Raises AssertionError where ptxas uses local memory or serialises wgmma.
+    """
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log), knobs.nvidia.scope(), knobs.compilation.scope():
+        knobs.nvidia.dump_ptxas_log = knobs.compilation.always_compile = True
+        made = compiled(*launch)
+    text = log.getvalue()
+    # Stack frame, spill stores, spill loads.
+    local = [int(count) for count in re.findall(r"(\d+) bytes (?:stack|spill)", text)]
+    assert len(local) == 3 and not any(local) and "serialized" not in text, text
+    code = made.asm["ptx"]
+    assert "wgmma.mma_async" in code and "wgmma.wait_group.sync.aligned 1;" in code
+    # Operands by TMA alone.
+    assert "cp.async.bulk.tensor" in code
+    assert not re.search(r"cp\.async\.c[ag]|ldmatrix", code)
+    return made.metadata.shared

@@ -43,14 +43,14 @@ SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("residual", "norm"): ("norm", "torch"),
     ("bias", "residual", "norm"): ("norm", "torch"),
     # The template for two products at once adds no bias.
-    ("gemm", "gate"): ("gated", "torch"),
+    ("gemm", "gate"): ("gated", "gemm_tma", "torch"),
 }
 for _product in ("gemm",), ("gemm", "bias"):
     SEGMENTS |= {
-        _product: ("torch", "gemm"),
-        (*_product, "act"): ("gemm", "torch"),
+        _product: ("torch", "gemm", "gemm_tma"),
+        (*_product, "act"): ("gemm", "gemm_tma", "torch"),
         (*_product, "rotary"): ("qkv", "torch"),
-        (*_product, "residual"): ("gemm", "torch"),
+        (*_product, "residual"): ("gemm", "gemm_tma", "torch"),
         (*_product, "residual", "norm"): ("gemm_norm", "torch"),
         # PyTorch has no kernel for these: a norm by itself and what is behind it compete.
         ("norm", *_product): ("gemm",),

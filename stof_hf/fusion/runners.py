@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from ..errors import UnsupportedError
 from .layer import Context, attend, attend_encoder, clamp, norm_heads, rotate
 from .parts import Part
+from .templates.tma import describes, has_tma, readable
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
 
@@ -25,6 +26,8 @@ Step = Callable[[torch.Tensor, torch.Tensor, Context], tuple[torch.Tensor, torch
 #: (batch size, tokens) of a call.
 Shape = tuple[int, int]
 
+#: Rows from which on persistent blocks and TMA may pay.
+_MANY = 512
 #: Rows whose norm may be computed by each tile of the product behind it (docs/performance.md).
 _FEW = 4096
 #: Attention implementations whose masks say all that a layer's window and causality do.
@@ -72,12 +75,25 @@ class Template:
 def _gemm(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gemm import gemm
 
+    return _multiplied(part, gemm, {"norm": part.norm, "params": params})
+
+
+def _gemm_tma(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemm_tma import gemm_tma
+
+    def function(rows, weight, bias, residual=None, **options):
+        return gemm_tma(readable(rows), weight, bias, readable(residual), **options)
+
+    return _multiplied(part, function, {"gate": "gate" in part.names, "params": params})
+
+
+def _multiplied(part: Part, function: Callable, options: Mapping[str, Any]) -> Step:
     weight, bias = part.weight, part.bias
+    options = {"activation": part.activation, **options}
     if "residual" in part.names:
-        add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, params=params))
+        add = _prepared(lambda rows, residual: function(rows, weight, bias, residual, **options))
         return lambda rows, residual, _: (add(rows, residual), residual)
-    options = {"activation": part.activation, "norm": part.norm, "params": params}
-    return _producing(part, _prepared(lambda rows: gemm(rows, weight, bias, **options)))
+    return _producing(part, _prepared(lambda rows: function(rows, weight, bias, **options)))
 
 
 def _gated(part: Part, params: Params, shape: Shape) -> Step:
@@ -334,6 +350,27 @@ def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Par
     return code.default(rows, *part.weight.shape, part.weight.dtype, device, norm=norm)
 
 
+def _takes_tma(part: Part) -> bool:
+    """Whether there is TMA, and it reads the weight, and rows and results as wide."""
+    weight, gate = part.weight, "gate" in part.names
+    known = _takes(part) and weight.dtype in (torch.float16, torch.bfloat16)
+    (n, k), rows = weight.shape, not gate or weight.stride(1) == 1
+    wide = k % 8 == 0 and n // (1 + gate) % 8 == 0
+    return known and rows and wide and describes(weight) and has_tma(weight.device)
+
+
+def _tma_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    if rows < _MANY:
+        raise UnsupportedError(f"a persistent kernel does not pay for {rows} rows")
+    n, k = part.weight.shape
+    form = _tma_form(part)
+    return code.default(rows, n // (1 + form["gate"]), k, part.weight.dtype, device, **form)
+
+
+def _tma_form(part: Part) -> dict[str, bool]:
+    return {"gate": "gate" in part.names, "residual": "residual" in part.names}
+
+
 def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
     norm = part.norm is not None
     return code.fits(params, part.weight.dtype, shared_memory=memory, norm=norm)
@@ -356,6 +393,12 @@ TEMPLATES: dict[str, Template] = {
             norm=_in_front(part, rows),
         ),
         _gemm_fits,
+    ),
+    "gemm_tma": Template(
+        _gemm_tma, _takes_tma, "gemm_tma", _tma_default,
+        lambda code, params, part, memory: code.fits(
+            params, part.weight.dtype, shared_memory=memory, **_tma_form(part)
+        ),
     ),
     "qkv": Template(_qkv, _takes, "qkv", _gemm_default, _gemm_fits),
     "rotary": Template(

@@ -115,6 +115,21 @@ def two_products(x_rows, a_ptrs, b_ptrs, rows_in, columns_in, norm_ptr, shift_pt
     return a_acc, b_acc
 
 
+def tiles_of(m: int, n: int, params: dict[str, int]) -> int:
+    """Tiles of a result [m, n]."""
+    return triton.cdiv(m, params["block_m"]) * triton.cdiv(n, params["block_n"])
+
+
+def cost_of(rows: int, columns: int) -> int:
+    """What a tile costs: what its products take, and what loading its operands takes."""
+    return rows * columns + 64 * (rows + columns)
+
+
+def accumulators_fit(elements: int, params: dict[str, int], dtype: torch.dtype) -> bool:
+    """Whether so many elements, shared by a block's threads, leave the loop registers."""
+    return elements * dtype.itemsize // (32 * params["warps"]) <= _THREAD_BYTES
+
+
 def fits(
     params: dict[str, int], columns: int, dtype: torch.dtype, shared_memory: int, norm: bool = False
 ) -> bool:
@@ -127,8 +142,8 @@ def fits(
     # The epilogue may pass the whole tile through shared memory.
     tile = block_m * columns * dtype.itemsize
     # What is normalised passes through registers on its way.
-    kept = tile + norm * block_m * block_k * dtype.itemsize
-    in_registers = kept // (32 * params["warps"]) <= _THREAD_BYTES
+    kept = block_m * columns + norm * block_m * block_k
+    in_registers = accumulators_fit(kept, params, dtype)
     before = statistics_bytes(params, dtype) if norm else 0
     return in_registers and max(params["stages"] * stage, tile, before) <= shared_memory
 
@@ -137,11 +152,8 @@ def fits(
 def default(
     m: int, n: int, dtype: torch.dtype, device: torch.device, products: int = 1, norm: bool = False
 ) -> dict[str, int]:
-    """Parameters of a GEMM whose blocks compute `products` products of block_n columns each.
-
-    A tile costs what its products take and what loading its operands takes; the tile is taken
-    whose waves over the multiprocessors cost least.
-    """
+    """Parameters of a GEMM whose blocks compute `products` products of block_n columns each: of
+    the tile whose waves over the multiprocessors cost least."""
     processors, memory = multiprocessors(device), shared_memory(device)
     best: tuple[int, dict[str, int]] | None = None
     for block_m, columns, warps in _TILES:
@@ -157,10 +169,8 @@ def default(
             params, columns, dtype, memory, norm
         ):
             continue
-        tiles = triton.cdiv(m, block_m) * triton.cdiv(n, params["block_n"])
-        waves = triton.cdiv(tiles, processors)
-        cost = waves * (block_m * columns + 64 * (block_m + columns))
-        cost += waves * NORMALISING * block_m * norm
+        waves = triton.cdiv(tiles_of(m, n, params), processors)
+        cost = waves * (cost_of(block_m, columns) + NORMALISING * block_m * norm)
         if best is None or cost < best[0]:
             best = cost, params
     assert best is not None

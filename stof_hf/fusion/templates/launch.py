@@ -2,7 +2,8 @@
 
 A template checks its arguments and Triton binds and specialises them, which takes the host longer
 than small kernels take the GPU. `Prepared` keeps the compiled kernel and its arguments, and puts in
-the pointers of a call.
+the pointers of a call, or descriptors (TMA) of its tensors where the kernel takes those. Triton
+encodes descriptors into the parameters of a launch, so that a CUDA graph keeps them.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Prepared:
                 union |= pointer
             # Triton compiles for addresses that are multiples of 16.
             if union % 16 == 0:
-                return self._repeat(inputs[0], pointers)
+                return self._repeat(inputs, pointers)
         launches: list[Any] = []
         token = _launches.set(launches)
         try:
@@ -74,28 +75,46 @@ class Prepared:
             return
         compiled, grid, args = launches[0]
         outputs = () if result is None else result if isinstance(result, tuple) else (result,)
-        tensors = (*inputs, *outputs)
-        places = [[i for i, arg in enumerate(args) if arg is x] for x in tensors]
-        if any(x.data_ptr() % 16 for x in args if isinstance(x, torch.Tensor)) or not all(places):
+        tensors, given = (*inputs, *outputs), [_tensor(arg) for arg in args]
+        places = [[i for i, one in enumerate(given) if one is x] for x in tensors]
+        if any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor)) or not all(places):
+            return
+        # Which of two is which, the same tensor in the place of both does not tell.
+        if len({id(x) for x in tensors}) != len(tensors):
             return
         changing = {place for each in places for place in each}
         # Weights must live, and stay where they are, as long as this is called.
         self._held = [arg for i, arg in enumerate(args) if i not in changing]
         self._args = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
+        for place in changing:
+            self._args[place] = None if args[place] is given[place] else _of(args[place], None)
         self._places = places
         self._sizes = [x.shape for x in outputs]
         self._single = not isinstance(result, tuple)
         self._run = compiled[(*grid, 1, 1)[:3]]
         self._layouts = self._layouts_of(inputs)
 
-    def _repeat(self, like: torch.Tensor, pointers: list[int]) -> Any:
-        outputs = [like.new_empty(size) for size in self._sizes]
+    def _repeat(self, inputs: tuple[torch.Tensor, ...], pointers: list[int]) -> Any:
+        outputs = [inputs[0].new_empty(size) for size in self._sizes]
         pointers += [x.data_ptr() for x in outputs]
         args = self._args.copy()
-        for places, pointer in zip(self._places, pointers, strict=True):
+        for places, x, pointer in zip(self._places, (*inputs, *outputs), pointers, strict=True):
             for place in places:
-                args[place] = pointer
+                descriptor = self._args[place]
+                args[place] = pointer if descriptor is None else _of(descriptor, x)
         self._run(*args)
         if self._single:
             return outputs[0] if outputs else None
         return tuple(outputs)
+
+
+def _tensor(arg: Any) -> Any:
+    """What a descriptor describes; anything else is what it is."""
+    return getattr(arg, "base", arg)
+
+
+def _of(descriptor: Any, x: torch.Tensor | None) -> Any:
+    """The descriptor of another tensor of the same layout, without the checks of a new one."""
+    other = object.__new__(type(descriptor))
+    other.__dict__ = {**vars(descriptor), "base": x}
+    return other

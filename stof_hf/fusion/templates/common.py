@@ -181,6 +181,7 @@ def check(
     x: torch.Tensor,
     weights: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]],
     activation: str = "none",
+    clamp: bool = False,
 ) -> None:
     """Refuse what the templates do not compute; cheap, reads no device memory.
 
@@ -188,6 +189,7 @@ def check(
         x: activations [M, K].
         weights: name -> (tensor or None, shape that it must have).
         activation: one of ACTIVATIONS.
+        clamp: whether the result is clamped where it overflows.
     """
     if x.ndim != 2 or x.shape[1] == 0:
         raise UnsupportedError(
@@ -203,6 +205,8 @@ def check(
             f"activation {activation!r} is not supported: use one of {', '.join(ACTIVATIONS)}, or "
             "apply it outside"
         )
+    if clamp and x.dtype != torch.float16:
+        raise UnsupportedError(f"only float16 is clamped, activations are {x.dtype}: clamp=False")
     if not x.is_cuda and not INTERPRETED.value:
         raise UnsupportedError(
             f"device {x.device} runs no Triton kernels: move model and inputs to a CUDA GPU"

@@ -101,7 +101,7 @@ def gated(
     check_norm(x, norm)
     params = params or default(m, n, k, x.dtype, x.device, norm=norm is not None)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    blocks = triton.cdiv(m, params["block_m"]) * triton.cdiv(n, params["block_n"])
+    blocks = common.tiles_of(m, n, params)
     if blocks == 0:
         return out
     of_norm, prologue = arguments(norm, params)

@@ -22,6 +22,8 @@ from ...errors import UnsupportedError
 from . import common
 from .common import activate, dot, tile_of
 from .launch import launch
+from .overflow import clamp as clamp_flagged
+from .overflow import flags_for, overflowed
 from .tma import describes
 
 __all__ = ["SPACE", "default", "fits", "gemm_tma"]
@@ -40,7 +42,7 @@ _DTYPES = (torch.float16, torch.bfloat16)
 #: Bytes of shared memory that barriers take, and the bias on its way to the threads that add it.
 _BESIDES = 2048
 #: Rows, columns of accumulators and warps of the tiles that `default` chooses from.
-_TILES = ((64, 128, 4), (128, 128, 8), (64, 256, 4), (128, 256, 8), (256, 128, 8))
+_TILES = ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8))
 #: Stages and halves, best first.
 _DEPTHS = ((4, 1), (4, 2), (3, 1), (3, 2), (2, 2))
 
@@ -48,7 +50,7 @@ _DEPTHS = ((4, 1), (4, 2), (3, 1), (3, 2), (2, 2))
 @triton.jit
 def finish(acc, up, bias_ptr, residual, out, row, column, n, ACT: tl.constexpr, BIAS: tl.constexpr,
            RESIDUAL: tl.constexpr, GATE: tl.constexpr, BN: tl.constexpr):  # fmt: skip
-    """Store [BM, BN] of the result, whose first element is (row, column)."""
+    """Store [BM, BN] of the result, whose first element is (row, column), and return it."""
     if BIAS:
         columns = column + tl.arange(0, BN)
         acc += tl.load(bias_ptr + columns, mask=columns < n, other=0.0).to(tl.float32)[None, :]
@@ -57,7 +59,16 @@ def finish(acc, up, bias_ptr, residual, out, row, column, n, ACT: tl.constexpr, 
         acc *= up
     if RESIDUAL:
         acc += residual.load([row, column]).to(tl.float32)
-    out.store([row, column], acc.to(out.dtype))
+    acc = acc.to(out.dtype)
+    out.store([row, column], acc)
+    return acc
+
+
+@triton.jit
+def overflowed_at(x, row, column, m, n, BM: tl.constexpr, BN: tl.constexpr):
+    """[BM], likewise: 1 for each row that overflowed."""
+    rows, columns = row + tl.arange(0, BM), column + tl.arange(0, BN)
+    return overflowed(x, (rows < m)[:, None] & (columns < n)[None, :])
 
 
 @triton.jit
@@ -81,10 +92,10 @@ def weight_tile(w, column, start, GATE: tl.constexpr, TRANSPOSED: tl.constexpr, 
 
 @triton.jit
 def gemm_tma_kernel(
-    x, w, bias_ptr, residual, out, m, n, k,
+    x, w, bias_ptr, residual, out, flag_ptr, m, n, k,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
-    TRANSPOSED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP_M: tl.constexpr, HALVES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, CLAMP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, GROUP_M: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Tiles of act(x @ w^T + bias) + residual, or of a gated product: every num_programs-th."""
     blocks = tl.num_programs(0)
@@ -101,21 +112,30 @@ def gemm_tma_kernel(
             b = weight_tile(w, tile_n * BN, step * BK, GATE, TRANSPOSED, BN, BK)
             acc = dot(a, b, acc)
         tile_m, tile_n = tile_of(stored, rows, columns, GROUP_M)
-        stored += blocks
         row, column = tile_m * BM, tile_n * BN
         up = acc
         if GATE:
             acc, up = in_halves(acc, BM, BN)
         if HALVES == 1:
-            finish(acc, up, bias_ptr, residual, out, row, column, n, ACT, BIAS, RESIDUAL, GATE,
-                   BN)  # fmt: skip
+            y = finish(acc, up, bias_ptr, residual, out, row, column, n, ACT, BIAS, RESIDUAL, GATE,
+                       BN)  # fmt: skip
+            if CLAMP:
+                found = overflowed_at(y, row, column, m, n, BM, BN)
         else:
             left, right = in_halves(acc, BM, BN // 2)
             up_left, up_right = in_halves(up, BM, BN // 2)
-            finish(left, up_left, bias_ptr, residual, out, row, column, n, ACT, BIAS, RESIDUAL,
-                   GATE, BN // 2)  # fmt: skip
-            finish(right, up_right, bias_ptr, residual, out, row, column + BN // 2, n, ACT, BIAS,
-                   RESIDUAL, GATE, BN // 2)  # fmt: skip
+            y = finish(left, up_left, bias_ptr, residual, out, row, column, n, ACT, BIAS, RESIDUAL,
+                       GATE, BN // 2)  # fmt: skip
+            if CLAMP:
+                found = overflowed_at(y, row, column, m, n, BM, BN // 2)
+            column += BN // 2
+            y = finish(right, up_right, bias_ptr, residual, out, row, column, n, ACT, BIAS,
+                       RESIDUAL, GATE, BN // 2)  # fmt: skip
+            if CLAMP:
+                found |= overflowed_at(y, row, column, m, n, BM, BN // 2)
+        if CLAMP:
+            tl.store(flag_ptr + stored, tl.max(found, 0))
+        stored += blocks
 
 
 def default(
@@ -166,6 +186,7 @@ def gemm_tma(
     *,
     activation: str = "none",
     gate: bool = False,
+    clamp: bool = False,
     params: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once.
@@ -178,6 +199,7 @@ def gemm_tma(
         activation: as in `gemm`.
         gate: w is [2 N, K], gate and up, and the result act(x @ gate^T) * (x @ up^T), without bias
             and residual.
+        clamp: as in `gemm`.
         params: one value of SPACE each (block_n: columns of the result); None takes `default`.
 
     Matrices lie in memory as TMA reads and writes them: the elements of a row, or of a column of w,
@@ -199,7 +221,7 @@ def gemm_tma(
     n = w.shape[0] // (1 + gate)
     common.check(
         x, {"w": (w, (n * (1 + gate), k)), "bias": (bias, (n,)), "residual": (residual, (m, n))},
-        activation,
+        activation, clamp,
     )  # fmt: skip
     _check(x, w, n, residual)
     adds, transposed = residual is not None, w.stride(1) != 1
@@ -220,16 +242,19 @@ def gemm_tma(
     else:
         weight = _tiles(w, block_n, block_k)
     part = block_m, block_n // params["halves"]
-    blocks = min(common.tiles_of(m, n, params), multiprocessors(x.device))
+    tiles = common.tiles_of(m, n, params)
+    flags = flags_for(x, tiles) if clamp else None
     with common.on_device_of(x):
         launch(
-            gemm_tma_kernel, (blocks,),
+            gemm_tma_kernel, (min(tiles, multiprocessors(x.device)),),
             _tiles(x, block_m, block_k), weight, bias, _tiles(residual, *part) if adds else None,
-            _tiles(out, *part), m, n, k,
-            activation, bias is not None, adds, gate, transposed, block_m, block_n, block_k,
+            _tiles(out, *part), flags, m, n, k,
+            activation, bias is not None, adds, gate, transposed, clamp, block_m, block_n, block_k,
             params["group_m"], params["halves"],
             num_warps=params["warps"], num_stages=params["stages"],
         )  # fmt: skip
+        if clamp:
+            clamp_flagged(out, flags)
     return out
 
 

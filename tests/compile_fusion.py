@@ -30,9 +30,9 @@ TMA_TILES = [
 class Compiler:
     """Stands in for a kernel: a launch compiles it for a target and keeps what that gave."""
 
-    def __init__(self, kernel: triton.JITFunction, capability: int, measure=shared_memory_of):
-        self.kernel, self.capability, self.measure = kernel, capability, measure
-        self.result = None
+    def __init__(self, kernel: triton.JITFunction, capability: int):
+        self.kernel, self.capability = kernel, capability
+        self.measure, self.result = shared_memory_of, None
 
     def __getitem__(self, grid):
         return self.compile
@@ -99,19 +99,21 @@ def corners(given, fits, memory: int, norm: bool):
 
 
 def tma_calls():
-    """Options and parameters of gemm_tma: each default tile, and TMA_TILES as far as they fit."""
+    """Options and parameters of gemm_tma, and what looks at the kernel: each default tile, and
+    TMA_TILES as far as they fit."""
     options = {}, {"bias": True, "activation": "gelu"}, {"bias": True, "residual": True}
     options = *options, {"gate": True, "activation": "gelu"}, {"residual": True, "clamp": True}
     tiles = gemm_tma._TILES
     for tile, option in product(tiles, options):
         gemm_tma._TILES = (tile,)
-        yield option, gemm_tma.default(4096, 3072, 1024, torch.float16, None, **form_of(option))
+        params = gemm_tma.default(4096, 3072, 1024, torch.float16, None, **form_of(option))
+        yield option, params, shared_memory_of_wgmma
     for tile, option in product(TMA_TILES, options):
         params = dict(zip(("block_m", "block_n", "block_k", "halves"), tile, strict=True))
         for warps, stages in product((4, 8), reversed(gemm_tma.SPACE["stages"])):
             params |= {"group_m": 8, "warps": warps, "stages": stages}
             if gemm_tma.fits(params, torch.float16, shared_memory=MEMORY[90], **form_of(option)):
-                yield option, params
+                yield option, params, shared_memory_of
                 break
 
 
@@ -120,12 +122,12 @@ def form_of(option):
 
 
 def tma() -> None:
-    compiler = Compiler(gemm_tma.gemm_tma_kernel, 90, shared_memory_of_wgmma)
+    compiler = Compiler(gemm_tma.gemm_tma_kernel, 90)
     gemm_tma.gemm_tma_kernel = compiler
     gemm_tma.shared_memory = lambda device: MEMORY[90]
     gemm_tma.multiprocessors = lambda device: 132
     m, k = 4096, 1000
-    for i, (option, params) in enumerate(tma_calls()):
+    for i, (option, params, compiler.measure) in enumerate(tma_calls()):
         n = 3072 if i % 3 else 1960
         dtype = (torch.float16, torch.bfloat16)[i // 2 % 2 and "clamp" not in option]
         x, residual = (torch.empty(m, size, dtype=dtype, device="meta") for size in (k, n))

@@ -175,7 +175,9 @@ def fits(
     part = rows * params["block_n"] // params["halves"] * dtype.itemsize
     taken = params["stages"] * stage + part * (1 + residual) + _BESIDES
     in_registers = common.accumulators_fit(rows * columns, params, dtype)
-    return dtype in _DTYPES and in_registers and taken <= shared_memory
+    # Four warps multiply 64 rows. More would share columns, of which halves then change threads.
+    of_rows = rows >= 16 * params["warps"]
+    return dtype in _DTYPES and in_registers and of_rows and taken <= shared_memory
 
 
 def gemm_tma(

@@ -25,6 +25,7 @@ from gemms import DEVICE, assert_near, matrix  # noqa: E402
 from stof_hf.fusion.templates import gemm_tma as template  # noqa: E402
 from stof_hf.fusion.templates.common import ACTIVATIONS  # noqa: E402
 from stof_hf.fusion.templates.gemm_tma import SPACE, default, fits, gemm_tma  # noqa: E402
+from stof_hf.fusion.templates.launch import Prepared  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_empty"),
@@ -98,8 +99,9 @@ def test_gates(shape, dtype, activation, data, amid_nan):
     assert_near(got, oracle(x, w, activation=activation, gate=True))
 
 
-def test_more_tiles_than_blocks_in_every_order():
-    x, w, residual = described(700, 72), described(520, 72, scale=0.1), described(700, 520)
+def test_more_tiles_than_blocks_in_every_order(monkeypatch):
+    monkeypatch.setattr(template, "multiprocessors", lambda device: 4)
+    x, w, residual = described(330, 72), described(200, 72, scale=0.1), described(330, 200)
     want = oracle(x, w, residual=residual)
     for group_m, halves in itertools.product(SPACE["group_m"], SPACE["halves"]):
         params = SMALL | {"group_m": group_m, "halves": halves}
@@ -118,6 +120,21 @@ def test_nan_stays_nan_and_infinity_infinity():
     for activation in ACTIVATIONS:
         y = gemm_tma(x, ones, activation=activation)
         assert y[0].isnan().all() and (y[1] == torch.inf).all()
+
+
+@pytest.mark.gpu
+def test_a_prepared_call_in_a_cuda_graph():
+    w, other = described(520, 72, scale=0.1), described(700, 72)
+    x, residual = described(700, 72), described(700, 520)
+    call = Prepared(lambda x, residual: gemm_tma(x, w, residual=residual, clamp=True))
+    call(x, residual)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(x, residual)
+    for rows in (x.clone(), other):
+        x.copy_(rows)
+        graph.replay()
+        assert_near(out, oracle(rows, w, residual=residual))
 
 
 def test_no_rows():

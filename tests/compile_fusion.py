@@ -61,6 +61,8 @@ def calls(family: str):
             for act in common.ACTIVATIONS if m == 1 else ("none", "gelu"):
                 options = {"bias": bias, "residual": residual, "activation": act}
                 yield f"{name} {act}", (x, w), options if act != "none" else {}
+            if dtype == torch.float16:
+                yield f"{name} clamp", (x, w), {"residual": residual, "clamp": True}
         elif family == "gated":
             yield name, (x, w, up), {}
         else:
@@ -73,6 +75,7 @@ def normalised(family: str):
     """The same with a norm in front of them, LayerNorm and RMSNorm in turn."""
     # Activations are behind the product, whatever is in front.
     few = [call for call in calls(family) if call[2].get("activation", "gelu") == "gelu"]
+    few = [call for call in few if "clamp" not in call[2]]
     for i, (name, tensors, options) in enumerate(few):
         weight = tensors[0][0].contiguous()
         norm = Norm(weight, None if i % 2 else weight, 1e-5, bool(i % 2))
@@ -99,6 +102,7 @@ def main(family: str, norm: str = "") -> None:
     }[family]
     function, original = getattr(module, family), getattr(module, kernel)
     common.check = lambda *arguments: None
+    gemm.clamp_flagged = lambda *arguments: None
     given = list(normalised(family) if norm else calls(family))
     for capability, memory in MEMORY.items():
         common.shared_memory = lambda device, memory=memory: memory

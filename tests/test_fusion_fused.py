@@ -461,7 +461,7 @@ def test_templates_compute_what_the_layers_do(name, which):
                         in s.segments or ("bias", "residual", "norm") in s.segments]  # fmt: skip
         best = min(possible, key=lambda s: len(s.sizes))
         runs = {
-            segment: (SEGMENTS[segment][0] if SEGMENTS[segment] != ("torch", "gemm") else "gemm")
+            segment: "gemm" if "gemm" in SEGMENTS[segment] else SEGMENTS[segment][0]
             for segment in best.segments
         }
         runs = {segment: (name, None if name != "torch" else {}) for segment, name in runs.items()}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stof_hf.fusion.parts import Norm
-from stof_hf.fusion.templates.launch import Prepared, launch
+from stof_hf.fusion.templates.launch import Prepared, launch, scratch
 
 
 class Kernel:
@@ -85,6 +85,54 @@ def test_other_layouts_are_bound_anew(kernel, template, other):
     call(aligned(8, 16))
     call(other())
     assert kernel.bound == 2 and not kernel.repeated
+
+
+def test_a_tensor_given_twice_is_not_told_apart(kernel):
+    def function(x, y):
+        out = torch.empty(x.shape)
+        launch(kernel, (3,), x, y, out, 8, BLOCK=4)
+        return out
+
+    call, both = Prepared(function), aligned(8, 16)
+    call(both, both)
+    first, second = aligned(8, 16), aligned(8, 16)
+    torch.testing.assert_close(call(first, second), first + second)
+    assert kernel.bound == 2 and not kernel.repeated
+
+
+class Adder:
+    """A kernel of two tensors, and what it is compiled to, which notes how it is called."""
+
+    arg_names = ["x", "out"]
+
+    def __init__(self):
+        self.repeated = []
+
+    def __getitem__(self, grid):
+        return self.bind if len(grid) == 1 else lambda *args: self.repeated.append(args)
+
+    def bind(self, x, out):
+        out.copy_(x + 1)
+        return self
+
+
+def test_several_launches_hand_on_memory_of_the_call():
+    one, other, between = Adder(), Adder(), []
+
+    def function(x):
+        between.append(scratch(16, torch.float64, x.device))
+        out = torch.empty_like(x)
+        launch(one, (1,), x, between[-1])
+        launch(other, (1,), between[-1], out)
+        return out
+
+    call, x, y = Prepared(function), aligned(16), aligned(16)
+    torch.testing.assert_close(call(x), x + 2)
+    out = call(y)
+    assert len(between) == 1 and out.dtype == y.dtype and out.shape == y.shape
+    ((first, place),), ((again, last),) = one.repeated, other.repeated
+    assert first == y.data_ptr() and last == out.data_ptr() and place == again
+    assert place not in (first, last, x.data_ptr())
 
 
 def test_inputs_are_not_kept(template):

@@ -172,6 +172,20 @@ def test_norms_of_many_rows_are_not_tried_in_front_of_products(rows):
     assert bool(tried) == (rows <= 4096)
 
 
+@pytest.mark.parametrize("rows, dtype, tried", [
+    (500, torch.float16, False), (1000, torch.float16, True), (1000, torch.float32, False),
+])  # fmt: skip
+def test_large_tiles_are_tried_for_many_rows_of_half_precision(rows, dtype, tried):
+    with replaying(Recorded(Invented())) as measurer:
+        stof_hf.tune(
+            build("bert").to(dtype), batch_size=rows // 125, seq_len=125, budget_s=20, apply=False,
+            progress=False,
+        )  # fmt: skip
+    found = [key for key in measurer.times if key.startswith("gemm_hopper(")]
+    assert bool(found) == tried
+    assert not tried or all(any(name in key for key in found) for name in ("act[", "residual"))
+
+
 def test_an_early_answer_on_ctrl_c():
     with replaying(_Pressed(25)):
         report = stof_hf.tune(build("bert"), seq_len=32, budget_s=60, progress=False)

@@ -56,6 +56,8 @@ for _product in ("gemm",), ("gemm", "bias"):
         ("norm", *_product): ("gemm",),
         ("norm", *_product, "act"): ("gemm",),
         ("norm", *_product, "rotary"): ("qkv",),
+        # A clamp by itself competes here too.
+        (*_product, "residual", "clamp"): ("gemm",),
     }
 SEGMENTS[("norm", "gemm", "gate")] = ("gated",)
 

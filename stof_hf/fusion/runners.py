@@ -75,10 +75,11 @@ def _gemm(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gemm import gemm
 
     weight, bias = part.weight, part.bias
-    if "residual" in part.names:
-        add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, params=params))
-        return lambda rows, residual, _: (add(rows, residual), residual)
     options = {"activation": part.activation, "norm": part.norm, "params": params}
+    options["clamp"] = "clamp" in part.names
+    if "residual" in part.names:
+        add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, **options))
+        return lambda rows, residual, _: (add(rows, residual), residual)
     return _producing(part, _prepared(lambda rows: gemm(rows, weight, bias, **options)))
 
 
@@ -213,7 +214,16 @@ def _cross_attention(part: Part, params: Params, shape: Shape) -> Step:
 def _overflow(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.overflow import overflow
 
-    return lambda rows, residual, _: (overflow(rows, params=params), residual)
+    def in_place(rows):
+        overflow(rows, params=params)
+
+    call = _prepared(in_place)
+
+    def step(rows, residual, _):
+        call(rows)
+        return rows, residual
+
+    return step
 
 
 def _torch(part: Part, params: Params, shape: Shape) -> Step:
@@ -333,7 +343,8 @@ _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
 def _takes(part: Part) -> bool:
     """Whether products know the activation, and a norm in front that is not a residual too."""
     known = part.names[0] != "norm" or (part.norm is not None and part.norm_first)
-    return known and part.activation is not None
+    clamped = "clamp" not in part.names or part.weight.dtype == torch.float16
+    return known and clamped and part.activation is not None
 
 
 def _in_front(part: Part, rows: int) -> bool:

@@ -195,6 +195,7 @@ def check(
     x: torch.Tensor,
     weights: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]],
     activation: str = "none",
+    clamp: bool = False,
 ) -> None:
     """Refuse what the templates do not compute; cheap, reads no device memory.
 
@@ -202,6 +203,7 @@ def check(
         x: activations [M, K].
         weights: name -> (tensor or None, shape that it must have).
         activation: one of ACTIVATIONS.
+        clamp: whether the result is clamped where it overflows.
     """
     if x.ndim != 2 or x.shape[1] == 0:
         raise UnsupportedError(
@@ -212,6 +214,8 @@ def check(
         raise UnsupportedError(
             f"dtype {x.dtype} is not supported: use float16, bfloat16 or float32 (model.to(dtype))"
         )
+    if clamp and x.dtype != torch.float16:
+        raise UnsupportedError(f"only float16 is clamped, activations are {x.dtype}: clamp=False")
     if activation not in ACTIVATIONS:
         raise UnsupportedError(
             f"activation {activation!r} is not supported: use one of {', '.join(ACTIVATIONS)}, or "

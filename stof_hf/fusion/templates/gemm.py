@@ -26,6 +26,8 @@ from .common import (
     weight_pointers,
 )
 from .launch import launch
+from .overflow import clamp as clamp_flagged
+from .overflow import flags_for, overflowed
 from .prologue import arguments, check_norm, normalised, statistics
 
 if TYPE_CHECKING:
@@ -36,13 +38,14 @@ __all__ = ["SPACE", "default", "fits", "gemm"]
 
 @triton.jit
 def gemm_kernel(
-    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, norm_ptr, shift_ptr, eps,
+    x_ptr, w_ptr, bias_ptr, residual_ptr, out_ptr, flag_ptr, norm_ptr, shift_ptr, eps,
     m, n, k, x_m, w_n, w_k, residual_m,
     ACT: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, EVEN_K: tl.constexpr,
+    CLAMP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
     NORM: tl.constexpr, CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One [BM, BN] tile of act(norm(x) @ w^T + bias) + residual."""
+    """One [BM, BN] tile of act(norm(x) @ w^T + bias) + residual, and whether it overflowed."""
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(m, BM), tl.cdiv(n, BN), GROUP_M)
     rows = tile_m * BM + tl.arange(0, BM)
     columns = tile_n * BN + tl.arange(0, BN)
@@ -84,7 +87,10 @@ def gemm_kernel(
         residual = residual_ptr + (rows * residual_m)[:, None] + columns[None, :]
         acc += tl.load(residual, mask=inside, other=0.0).to(tl.float32)
     out = out_ptr + (rows * n)[:, None] + columns[None, :]
-    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    acc = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out, acc, mask=inside)
+    if CLAMP:
+        tl.store(flag_ptr + tl.program_id(0), tl.max(overflowed(acc, inside), 0))
 
 
 def default(
@@ -109,6 +115,7 @@ def gemm(
     *,
     activation: str = "none",
     norm: Norm | None = None,
+    clamp: bool = False,
     params: dict[str, int] | None = None,
 ) -> torch.Tensor:
     """act(norm(x) @ w^T + bias) + residual, accumulated in fp32 and rounded once.
@@ -121,6 +128,8 @@ def gemm(
         activation: "none", "relu", "gelu" (exact), "gelu_new" and "gelu_pytorch_tanh" (tanh),
             "quick_gelu" or "silu".
         norm: of the rows of x, [K]; its result is rounded to x's dtype, as it is by itself.
+        clamp: clamp all of the result, fp16, to the largest number less 1000 if an element is
+            infinite, as `overflow` does; a second kernel.
         params: one value of SPACE each; None takes `default`.
 
     Returns:
@@ -139,8 +148,9 @@ def gemm(
     m, k = x.shape if x.ndim == 2 else (0, 0)
     n = w.shape[0]
     common.check(
-        x, {"w": (w, (n, k)), "bias": (bias, (n,)), "residual": (residual, (m, n))}, activation
-    )
+        x, {"w": (w, (n, k)), "bias": (bias, (n,)), "residual": (residual, (m, n))}, activation,
+        clamp,
+    )  # fmt: skip
     check_rows("x", x)
     check_norm(x, norm)
     if residual is not None:
@@ -152,13 +162,16 @@ def gemm(
         return out
     bias = None if bias is None else bias.contiguous()
     of_norm, prologue = arguments(norm, params)
+    flags = flags_for(x, blocks) if clamp else None
     with common.on_device_of(x):
         launch(
             gemm_kernel, (blocks,),
-            x, w, bias, residual, out, *of_norm, m, n, k, x.stride(0), *w.stride(),
+            x, w, bias, residual, out, flags, *of_norm, m, n, k, x.stride(0), *w.stride(),
             0 if residual is None else residual.stride(0), activation, bias is not None,
-            residual is not None, k % params["block_k"] == 0, params["block_m"], params["block_n"],
-            params["block_k"], params["group_m"], *prologue,
+            residual is not None, k % params["block_k"] == 0, clamp, params["block_m"],
+            params["block_n"], params["block_k"], params["group_m"], *prologue,
             num_warps=params["warps"], num_stages=params["stages"], **dependent.options(x.device),
         )  # fmt: skip
+        if clamp:
+            clamp_flagged(out, flags)
     return out

@@ -1,52 +1,84 @@
 """Launches of Triton kernels that are worked out once, and repeated with other tensors.
 
 A template checks its arguments and Triton binds and specialises them, which takes the host longer
-than small kernels take the GPU. `Prepared` keeps the compiled kernel and its arguments, and puts in
-the pointers of a call.
+than small kernels take the GPU. `Prepared` keeps the compiled kernels and their arguments, and puts
+in the pointers of a call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Prepared", "launch"]
+__all__ = ["Prepared", "launch", "scratch"]
 
-_launches: ContextVar[list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] | None] = ContextVar(
-    "launches", default=None
-)
+
+@dataclass
+class _Record:
+    """What a call launched, and the memory by which its kernels tell each other something."""
+
+    launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = field(default_factory=list)
+    scratch: list[torch.Tensor] = field(default_factory=list)
+
+
+_record: ContextVar[_Record | None] = ContextVar("record", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **rest: Any) -> None:
     """`kernel[grid](*args, **rest)`, noticed by the `Prepared` call that it is part of."""
     compiled = kernel[grid](*args, **rest)
-    launches = _launches.get()
+    record = _record.get()
     # Kernels that are interpreted are not compiled.
-    if launches is not None and compiled is not None:
+    if record is not None and compiled is not None:
         names = kernel.arg_names[len(args) :]
-        launches.append((compiled, grid, (*args, *(rest[name] for name in names))))
+        record.launches.append((compiled, grid, (*args, *(rest[name] for name in names))))
+
+
+def scratch(count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """[count], what a kernel of a call leaves for its next one; new in each call."""
+    made = torch.empty(count, dtype=dtype, device=device)
+    if (record := _record.get()) is not None:
+        record.scratch.append(made)
+    return made
+
+
+class _Launch(NamedTuple):
+    """A launch without the tensors that change.
+
+    Args:
+        run: takes the arguments.
+        args: with addresses for tensors, and None for those that change.
+        places: (place in args, number of the tensor that belongs there).
+        held: tensors that do not change, which must live as long as this.
+    """
+
+    run: Callable[..., Any]
+    args: list[Any]
+    places: list[tuple[int, int]]
+    held: list[Any]
 
 
 class Prepared:
     """A call of a template whose tensors change and nothing else: not their shapes, nor the device.
 
     Args:
-        function: takes tensors, launches one kernel, and returns what that wrote: one tensor or
-            several, or None where it works in place.
+        function: takes tensors, launches kernels, and returns what they wrote: one tensor or
+            several, or None where they work in place.
         checked: how many of the last tensors may change their layout after all, which makes the
             call anew.
     """
 
     def __init__(self, function: Callable[..., Any], checked: int = 0):
         self.function, self.checked = function, checked
-        self._run: Callable[..., Any] | None = None
+        self._launches: list[_Launch] = []
         self._layouts: list[Any] = []
 
     def __call__(self, *inputs: torch.Tensor) -> Any:
-        if self._run is not None and self._layouts == self._layouts_of(inputs):
+        if self._launches and self._layouts == self._layouts_of(inputs):
             pointers = [x.data_ptr() for x in inputs]
             union = 0
             for pointer in pointers:
@@ -54,48 +86,63 @@ class Prepared:
             # Triton compiles for addresses that are multiples of 16.
             if union % 16 == 0:
                 return self._repeat(inputs[0], pointers)
-        launches: list[Any] = []
-        token = _launches.set(launches)
+        record = _Record()
+        token = _record.set(record)
         try:
             result = self.function(*inputs)
         finally:
-            _launches.reset(token)
-        self._keep(launches, inputs, result)
+            _record.reset(token)
+        self._keep(record, inputs, result)
         return result
 
     def _layouts_of(self, inputs: tuple[torch.Tensor, ...]) -> list[Any]:
         checked = inputs[-self.checked :] if self.checked else ()
         return [(x.shape, x.stride(), x.dtype) for x in checked]
 
-    def _keep(self, launches: list[Any], inputs: tuple[torch.Tensor, ...], result: Any) -> None:
-        """Note where inputs and results stand among the kernel's arguments."""
-        self._run = None
-        if len(launches) != 1:
-            return
-        compiled, grid, args = launches[0]
+    def _keep(self, record: _Record, inputs: tuple[torch.Tensor, ...], result: Any) -> None:
+        """Note where inputs, results and scratch stand among the kernels' arguments."""
+        self._launches = []
         outputs = () if result is None else result if isinstance(result, tuple) else (result,)
-        tensors = (*inputs, *outputs)
-        places = [[i for i, arg in enumerate(args) if arg is x] for x in tensors]
-        if any(x.data_ptr() % 16 for x in args if isinstance(x, torch.Tensor)) or not all(places):
+        made = (*outputs, *record.scratch)
+        numbers = {id(x): i for i, x in enumerate((*inputs, *made))}
+        # Which of two is which, the same tensor in the place of both does not tell.
+        if len(numbers) != len(inputs) + len(made):
             return
-        changing = {place for each in places for place in each}
-        # Weights must live, and stay where they are, as long as this is called.
-        self._held = [arg for i, arg in enumerate(args) if i not in changing]
-        self._args = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in args]
-        self._places = places
-        self._sizes = [x.shape for x in outputs]
-        self._single = not isinstance(result, tuple)
-        self._run = compiled[(*grid, 1, 1)[:3]]
-        self._layouts = self._layouts_of(inputs)
+        launches = [_without(numbers, *each) for each in record.launches]
+        placed = {number for each in launches for _, number in each.places}
+        given = [arg for _, _, args in record.launches for arg in args]
+        if any(x.data_ptr() % 16 for x in given if isinstance(x, torch.Tensor)):
+            return
+        if len(placed) == len(numbers):
+            self._made = [(x.shape, x.dtype) for x in made]
+            self._outputs, self._single = len(outputs), not isinstance(result, tuple)
+            self._layouts = self._layouts_of(inputs)
+            self._launches = launches
 
     def _repeat(self, like: torch.Tensor, pointers: list[int]) -> Any:
-        outputs = [like.new_empty(size) for size in self._sizes]
-        pointers += [x.data_ptr() for x in outputs]
-        args = self._args.copy()
-        for places, pointer in zip(self._places, pointers, strict=True):
-            for place in places:
-                args[place] = pointer
-        self._run(*args)
+        made = [like.new_empty(size, dtype=dtype) for size, dtype in self._made]
+        pointers += [x.data_ptr() for x in made]
+        for run, kept, places, _ in self._launches:
+            args = kept.copy()
+            for place, number in places:
+                args[place] = pointers[number]
+            run(*args)
+        outputs = made[: self._outputs]
         if self._single:
             return outputs[0] if outputs else None
         return tuple(outputs)
+
+
+def _without(
+    numbers: dict[int, int], compiled: Any, grid: tuple[int, ...], given: tuple[Any, ...]
+) -> _Launch:
+    """A launch without the tensors that have a number."""
+    args, places, held = [], [], []
+    for place, arg in enumerate(given):
+        if id(arg) in numbers:
+            places.append((place, numbers[id(arg)]))
+            args.append(None)
+        else:
+            held.append(arg)
+            args.append(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg)
+    return _Launch(compiled[(*grid, 1, 1)[:3]], args, places, held)

@@ -1,7 +1,5 @@
 """The clamp behind T5's parts against PyTorch's operators."""
 
-import importlib
-
 import pytest
 import torch
 import transformers
@@ -19,6 +17,7 @@ from stof_hf.fusion.layer_ops import schemes
 template = pytest.importorskip(
     "stof_hf.fusion.templates.overflow", reason="Triton is not installed"
 )
+from stof_hf.fusion.templates.gemm import gemm  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PARAMS = {"block_m": 64, "block_n": 64, "block_k": 32, "group_m": 4, "warps": 4, "stages": 2}
@@ -60,18 +59,10 @@ def test_what_it_does_not_take():
         template.overflow(torch.zeros(4).half().requires_grad_())
 
 
-def template_of(name, halves=1):
-    """The function, and parameters for small tiles."""
-    module = importlib.import_module(f"stof_hf.fusion.templates.{name}")
-    return getattr(module, name), PARAMS | ({"halves": halves} if name == "gemm_tma" else {})
-
-
 @st.composite
 def products(draw):
-    """(template, x, w, bias, residual), of which the residual holds special values."""
-    name = draw(st.sampled_from(["gemm", "gemm_tma"]))
-    m, n = draw(st.integers(1, 150)), draw(st.integers(1, 20))
-    n, k = (8 * n, 32) if name == "gemm_tma" else (n, 23)
+    """(x, w, bias, residual), of which the residual holds special values."""
+    m, n, k = draw(st.integers(1, 150)), draw(st.integers(1, 150)), 23
     special = st.sampled_from([INF, -INF, NAN, MOST, -MOST, 64600.0])
     x, w, residual = torch.randn(m, k), torch.randn(n, k) * 64, torch.randn(m, n)
     places = draw(st.dictionaries(st.integers(0, m * n - 1), special, max_size=3))
@@ -81,32 +72,28 @@ def products(draw):
     if bias is not None and draw(st.booleans()):
         bias[-1] = INF
     given = (x, w, bias, residual)
-    return name, *(one if one is None else one.to(DEVICE, torch.float16) for one in given)
+    return tuple(one if one is None else one.to(DEVICE, torch.float16) for one in given)
 
 
-@given(products(), st.sampled_from([1, 2]))
-def test_products_that_clamp(product, halves):
-    name, x, w, bias, residual = product
-    function, params = template_of(name, halves)
-    plain = function(x, w, bias, residual, params=params)
-    got = function(x, w, bias, residual, clamp=True, params=params)
+@given(products())
+def test_products_that_clamp(product):
+    plain = gemm(*product, params=PARAMS)
+    got = gemm(*product, clamp=True, params=PARAMS)
     want = clamp(plain)
     assert not got.isinf().any() and torch.equal(got.isnan(), want.isnan())
     assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
 
 
-@pytest.mark.parametrize("name", ["gemm", "gemm_tma"])
 @pytest.mark.parametrize("place", [(0, 0), (499, 327), (300, 200), None])
-def test_one_element_of_a_product_clamps_all(name, place):
+def test_one_element_of_a_product_clamps_all(place):
     """In another tile than the largest finite element; sums overflow, not what they are of."""
-    function, params = template_of(name)
     x, w = torch.zeros(500, 32, device=DEVICE).half(), torch.zeros(328, 32, device=DEVICE).half()
     x[:, 0], w[:, 0] = 1, 16
     residual = torch.zeros(500, 328, device=DEVICE).half()
     residual[3, 5], residual[4, 5] = 65472, NAN
     if place is not None:
         residual[place] = MOST
-    got = function(x, w, None, residual, clamp=True, params=params)
+    got = gemm(x, w, None, residual, clamp=True, params=PARAMS)
     assert got[3, 5] == (65488 if place is None else MOST - 1000) and got[4, 5].isnan()
     assert got[0, 1] == 16 and got.isnan().sum() == 1
     if place is not None:
@@ -123,12 +110,10 @@ def test_more_flags_than_are_read_at_once(place):
     assert (x == (MOST if place is None else MOST - 1000)).all()
 
 
-@pytest.mark.parametrize("name", ["gemm", "gemm_tma"])
-def test_products_of_other_dtypes_are_not_clamped(name):
-    function, _ = template_of(name)
+def test_products_of_other_dtypes_are_not_clamped():
     x = torch.zeros(8, 8, device=DEVICE).bfloat16()
     with pytest.raises(UnsupportedError, match="only float16 is clamped"):
-        function(x, x, clamp=True)
+        gemm(x, x, clamp=True)
 
 
 def test_kernels_compile():
@@ -152,21 +137,19 @@ def test_blocks_of_t5_that_overflow(scale):
     torch.testing.assert_close(first(model, inputs), want, atol=4e-3, rtol=4e-3)
 
 
-def ending(layer, product, length):
+def ending(layer, length):
     """Blocks whose last product takes `length` operators; everything else one by one."""
     ends = ("gemm", "residual", "clamp")[:length]
     scheme = min(
         (s for s in schemes(layer.names) if all(len(x) == 1 or x == ends for x in s.segments)),
         key=lambda s: len(s.sizes),
     )
-    params = PARAMS | ({"halves": 2} if product == "gemm_tma" else {})
-    runs = {one: (product, params) if one == ends else ("torch", {}) for one in scheme.segments}
+    runs = {one: ("gemm", PARAMS) if one == ends else ("torch", {}) for one in scheme.segments}
     assert ends in runs
     return Choice.of(scheme, runs)
 
 
-@pytest.mark.parametrize("product", ["gemm", "gemm_tma"])
-def test_blocks_of_t5_whose_products_clamp(product):
+def test_blocks_of_t5_whose_products_clamp():
     model = build("t5").half().to(DEVICE)
     with torch.no_grad():
         for block in model.encoder.block:
@@ -175,7 +158,7 @@ def test_blocks_of_t5_whose_products_clamp(product):
     want = None
     # A product that overflows may come back by its residual, which PyTorch's own does not see.
     for length in (2, 3):
-        choices = {one.kind: {40: ending(one.layer, product, length)} for one in find(model)}
+        choices = {one.kind: {40: ending(one.layer, length)} for one in find(model)}
         assert len(install(find(model), choices)) == 2
         got = []
         hook = model.encoder.final_layer_norm.register_forward_pre_hook(

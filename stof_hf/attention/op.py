@@ -182,7 +182,7 @@ def _attention_backward(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
     scale, softcap,
 ):  # fmt: skip
-    from .backward import backward
+    from .gradients import backward
 
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
     with torch.autocast(q.device.type, enabled=False):
@@ -195,10 +195,10 @@ def _(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
     scale, softcap,
 ):  # fmt: skip
-    inputs = [q, k, v, bias, sinks]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None
-    ]
+    from .backward import gradient_like
+
+    rest = [x.new_empty(x.shape) for x in (bias, sinks) if x is not None]
+    return [*(gradient_like(x) for x in (q, k, v)), *rest]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

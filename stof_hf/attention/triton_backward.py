@@ -7,6 +7,8 @@ pieces of the blocks that are split.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 
@@ -115,9 +117,11 @@ class _Call:
         together = self._together(q, k, v, config.workers)
         groups = triton.cdiv(copies, together)
         together = triton.cdiv(copies, groups)
+        simple = scale > 0 and softcap == 0
         self.statistics = Kernel(
             kernels.statistics_kernel, (self.copies, self.padded // _STATISTICS_ROWS), (),
-            (g_b, g_h, g_s, heads, q_len, self.padded, v_dim, bdv, _STATISTICS_ROWS),
+            (g_b, g_h, g_s, heads, q_len, self.padded, float(scale) if simple else math.log(2),
+             v_dim, bdv, _STATISTICS_ROWS),
             num_warps=4,
         )  # fmt: skip
         items = torch.cat([self.by_keys.items, self.by_queries.items], 1)
@@ -130,7 +134,8 @@ class _Call:
              *strides, valid_stride, group, shared, heads, self.copies, together, q_len, kv_len,
              self.padded, n_items_q, n_items_k, *slots, float(scale), float(softcap),
              dim, v_dim, bd, bdv, rows, unit, self.split, patterns > 1, shared > 1,
-             q_len % TILE == 0, kv_len % TILE == 0, valid is not None, softcap > 0, config.stages,
+             q_len % TILE == 0, kv_len % TILE == 0, valid is not None, simple, softcap > 0,
+             config.stages,
              INTERPRETED),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
@@ -172,7 +177,7 @@ class _Call:
         def room(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=torch.float32, device=q.device)
 
-        stats = room(*q.shape[:2], 2, self.padded)
+        stats = room(*q.shape[:2], self.padded, 2)
         self.statistics(out, grad, lse, stats)
         # Nothing is read of what stands in.
         part_q = part_k = stats
@@ -188,4 +193,4 @@ class _Call:
         if self.apart:
             for x, heads in zip((dk, dv), to[1:], strict=True):
                 x.copy_(heads.unflatten(1, (k.shape[1], -1)).sum(2))
-        return stats[:, :, 1, : q.shape[2]]
+        return -stats[:, :, : q.shape[2], 1]

@@ -11,7 +11,7 @@ What Triton specialises on is as in `triton_kernels.py`.
 import triton
 import triton.language as tl
 
-from .triton_kernels import LOG2E, _dot, _masked, _step
+from .triton_kernels import LOG2E, _dot
 
 _PLAIN = (
     "lse_ptr", "stats_ptr", "valid_ptr", "items_ptr", "steps_q_ptr", "steps_k_ptr", "words_q_ptr",
@@ -25,11 +25,11 @@ _jit = triton.jit(do_not_specialize=_PLAIN)
 @_jit
 def statistics_kernel(
     out_ptr, grad_ptr, lse_ptr, stats_ptr, g_b, g_h, g_s, heads, q_len, padded,
-    DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
+    unit, DV: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of every row what its scores are reduced by, in base 2, and delta: stats [B, H, 2, padded].
+    """Of every row -lse / unit and -delta: stats [B, H, padded, 2].
 
-    Rows without keys, and those beyond the last, get infinity: their weights are 0 then.
+    Rows without keys, and those beyond the last, get minus infinity: their weights are 0 then.
     """
     bh = tl.program_id(0)
     b = (bh // heads).to(tl.int64)
@@ -44,19 +44,60 @@ def statistics_kernel(
     grad = tl.load(grad_ptr + b * g_b + h.to(tl.int64) * g_h + rows64[:, None] * g_s
                    + offs[None, :], mask=mask, other=0.0)  # fmt: skip
     lse = tl.load(lse_ptr + bh.to(tl.int64) * q_len + rows, mask=inside, other=float("-inf"))
-    base = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
-    stats = stats_ptr + bh.to(tl.int64) * 2 * padded + rows
-    tl.store(stats, base)
-    tl.store(stats + padded, tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1))
+    base = tl.where(lse == float("-inf"), float("-inf"), -lse / unit)
+    delta = -tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    place = stats_ptr + (bh.to(tl.int64) * padded + rows)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(place, tl.join(base, delta))
+
+
+@triton.jit
+def _pairs(ptrs, INTERPRETED: tl.constexpr):
+    """The two fp32 numbers at each pointer.
+
+    By an instruction of its own, since Triton would copy them to shared memory first, each thread
+    all those that it needs: a queue of 4-byte copies as long as the products take.
+    """
+    if INTERPRETED:
+        return tl.load(ptrs), tl.load(ptrs + 1)
+    return tl.inline_asm_elementwise(
+        "ld.global.v2.f32 {$0, $1}, [$2];", "=f,=f,l", [ptrs], (tl.float32, tl.float32), True, 1
+    )
+
+
+@triton.jit
+def _words(ptrs, bits, INTERPRETED: tl.constexpr):
+    """Both halves of the word at each pointer: of a full tile (-1) ones, of none (-2) zeros."""
+    whole = tl.where(bits == -1, -1, 0)
+    if INTERPRETED:
+        inside = bits >= 0
+        return tl.load(ptrs, inside, whole), tl.load(ptrs + 1, inside, whole)
+    return tl.inline_asm_elementwise(
+        """{ .reg .pred stored; setp.ge.s32 stored, $3, 0; mov.b32 $0, $4; mov.b32 $1, $4;
+        @stored ld.global.v2.b32 {$0, $1}, [$2]; }""",
+        "=&r,=&r,l,r,r", [ptrs, bits, whole], (tl.int32, tl.int32), True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _allowed(p, low, high, INTERPRETED: tl.constexpr):
+    """p where a bit of the rows' words allows it, else 0."""
+    lane = tl.arange(0, 64)
+    one = tl.full([], 1, tl.int32)
+    if not INTERPRETED:
+        # A volatile move keeps the branch around this: else all bits are tested of full tiles, too.
+        # Of a scalar: a tensor's would be repeated in every layout that the compiler tries.
+        one = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [one], tl.int32, False, 1)
+    word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
+    return tl.where((word & (one << (lane & 31))[None, :]) != 0, p, 0.0)
 
 
 @triton.jit
 def _add_tile(
-    dx, dy, own_x, own_y, base, delta, x_ptr, y_ptr, stats_ptr, valid_ptr, tile, masked, low, high,
-    x_s, y_s, other_len, padded, scale, softcap,
+    dx, dy, own_x, own_y, base, delta, x_ptr, y_ptr, stats_ptr, valid_ptr, words_ptr, tile, bits,
+    above, x_s, y_s, other_len, padded, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, LISTED: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
-    SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """dS X and P Y of one tile of 64 others, added to dx and (of a block of keys) dy."""
     lane = tl.arange(0, 64)
@@ -70,28 +111,42 @@ def _add_tile(
         inside = n < other_len
         x_mask = x_mask & inside[None, :]
         y_mask = y_mask & inside[None, :]
+    if LISTED:
+        masked = bits != -1
+        row = tl.arange(0, ROWS)
+        index = tl.zeros([ROWS], tl.int32) + bits
+        if ROWS == 128:
+            masked = masked | (above != -1)
+            index = tl.where(row >= 64, above, index)
+        place = words_ptr + index.to(tl.int64) * 128 + row % 64 * 2
+        low, high = _words(place, index, INTERPRETED)
     first = tile.to(tl.int64) * 64
     x = tl.load(x_ptr + first * x_s + (lane[None, :] * x_s + offs_d[:, None]),
                 mask=x_mask, other=0.0)  # fmt: skip
     y = tl.load(y_ptr + first * y_s + (lane[None, :] * y_s + offs_dv[:, None]),
                 mask=y_mask, other=0.0)  # fmt: skip
     if KEYS:
-        base = tl.load(stats_ptr + n)[None, :]
-        delta = tl.load(stats_ptr + padded + n)[None, :]
-    s = _dot(own_x, x, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
-    dp = _dot(own_y, y, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
-    if SOFTCAP:
-        t = 2 * tl.sigmoid(2 * (s * scale / softcap)) - 1
-        p = tl.exp2(t * (softcap * LOG2E) - base)
+        base, delta = _pairs(stats_ptr + first * 2 + lane * 2, INTERPRETED)
+        base, delta = base[None, :], delta[None, :]
+    # What is added to every sum is where that begins: it need not wait in registers beside it.
+    zeros = tl.zeros([ROWS, 64], tl.float32)
+    if SIMPLE:
+        s = _dot(own_x, x, zeros + base, INTERPRETED)
+        dp = _dot(own_y, y, zeros + delta, INTERPRETED)
+        p = tl.exp2(s * (scale * LOG2E))
     else:
-        p = tl.exp2(s * (scale * LOG2E) - base)
+        s = _dot(own_x, x, zeros, INTERPRETED) * scale
+        dp = _dot(own_y, y, zeros + delta, INTERPRETED)
+        if SOFTCAP:
+            t = 2 * tl.sigmoid(2 * (s / softcap)) - 1
+            s = t * softcap
+        p = tl.exp2(s * LOG2E + base)
     if LISTED and masked:
-        column_bit = (tl.full([64], 1, tl.int32) << (lane & 31))[None, :]
-        p = _masked(p, low, high, lane, column_bit, 0.0, INTERPRETED)
+        p = _allowed(p, low, high, INTERPRETED)
     if VALID and not KEYS:
         w = tl.load(valid_ptr + (n >> 5), mask=n < other_len, other=0)
         p = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], p, 0.0)
-    ds = p * (dp - delta)
+    ds = p * dp
     if SOFTCAP:
         ds = ds * (1 - t * t)
     if KEYS:
@@ -101,22 +156,32 @@ def _add_tile(
 
 
 @triton.jit
+def _listed(steps_ptr, i, count, ROWS: tl.constexpr):
+    """Of step i: the tile, and what the bitmaps of the first and the second 64 rows are."""
+    step = steps_ptr + i * (1 + ROWS // 64)
+    tile = tl.load(step, mask=i < count, other=0)
+    bits = tl.load(step + 1, mask=i < count, other=-1)
+    above = bits
+    if ROWS == 128:
+        above = tl.load(step + 2, mask=i < count, other=-1)
+    return tile, bits, above
+
+
+@triton.jit
 def _walk(
     own_x, own_y, base, delta, x_ptr, y_ptr, stats_ptr, valid_ptr, steps_ptr, words_ptr,
     first_tile, n_full, n_part, share, x_h, x_s, y_h, y_s, other_len, padded, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
     UNIT: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr,
-    VALID: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    VALID: tl.constexpr, SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Sums over the tiles of a work item, dX [ROWS, BD] and dY [ROWS, BDV]: of a block of keys
     those of all heads that share it, of a block of queries dX alone."""
     dx = tl.zeros([ROWS, BD], tl.float32)
     dy = tl.zeros([ROWS, BDV if KEYS else 16], tl.float32)
     # What a listed step needs to know is loaded one step ahead.
-    WIDTH: tl.constexpr = 1 + ROWS // 64
-    row_lane = tl.arange(0, ROWS) % 64
-    upper = tl.arange(0, ROWS) >= 64
-    tile, masked, low, high = _step(steps_ptr, words_ptr, 0, n_part, upper, row_lane, WIDTH)
+    tile, bits, above = _listed(steps_ptr, 0, n_part, ROWS)
     if UNIT > 0:
         # By the format's contract full tiles hold no key beyond the last, but queries.
         for i in tl.range(0, n_full * share, num_stages=STAGES):
@@ -126,9 +191,9 @@ def _walk(
                 g = (i // n_full).to(tl.int64)
                 x_head, y_head, stats = x_ptr + g * x_h, y_ptr + g * y_h, stats_ptr + g * 2 * padded
             dx, dy = _add_tile(
-                dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr,
-                first_tile + at, False, 0, 0, x_s, y_s, other_len, padded, scale, softcap,
-                D, DV, BD, BDV, ROWS, KEYS, False, WHOLE or not KEYS, VALID, SOFTCAP, INTERPRETED,
+                dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr, words_ptr,
+                first_tile + at, 0, 0, x_s, y_s, other_len, padded, scale, softcap, D, DV, BD, BDV,
+                ROWS, KEYS, False, WHOLE or not KEYS, VALID, SIMPLE, SOFTCAP, INTERPRETED,
             )  # fmt: skip
     for i in tl.range(0, n_part * share, num_stages=STAGES):
         x_head, y_head, stats, following = x_ptr, y_ptr, stats_ptr, i + 1
@@ -137,13 +202,11 @@ def _walk(
             g = (i // n_part).to(tl.int64)
             x_head, y_head, stats = x_ptr + g * x_h, y_ptr + g * y_h, stats_ptr + g * 2 * padded
         dx, dy = _add_tile(
-            dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr, tile, masked, low,
-            high, x_s, y_s, other_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, KEYS, True,
-            WHOLE, VALID, SOFTCAP, INTERPRETED,
+            dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr, words_ptr, tile,
+            bits, above, x_s, y_s, other_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, KEYS,
+            True, WHOLE, VALID, SIMPLE, SOFTCAP, INTERPRETED,
         )  # fmt: skip
-        tile, masked, low, high = _step(
-            steps_ptr, words_ptr, following, n_part, upper, row_lane, WIDTH
-        )
+        tile, bits, above = _listed(steps_ptr, following, n_part, ROWS)
     return dx, dy
 
 
@@ -179,7 +242,7 @@ def gradients_kernel(
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
     SHARED: tl.constexpr, WHOLE_Q: tl.constexpr, WHOLE_K: tl.constexpr, VALID: tl.constexpr,
-    SOFTCAP: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One work item: a block of ROWS keys, for `share` query heads, or a block of ROWS queries.
 
@@ -239,7 +302,7 @@ def gradients_kernel(
             k, v, 0.0, 0.0, q_ptr, grad_ptr, stats_ptr, valid_ptr,
             steps_k_ptr + first_step * WIDTH, words_k_ptr, first_tile, n_full, n_part, share,
             q_h, q_s, g_h, g_s, q_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, UNIT, True,
-            SHARED, WHOLE_Q, VALID, SOFTCAP, STAGES, INTERPRETED,
+            SHARED, WHOLE_Q, VALID, SIMPLE, SOFTCAP, STAGES, INTERPRETED,
         )  # fmt: skip
         if VALID:
             dk = tl.where(seen[:, None] != 0, dk, 0.0)
@@ -260,13 +323,12 @@ def gradients_kernel(
     else:
         q = _rows(q_ptr, rows, q_s, q_len, D, BD)
         grad = _rows(grad_ptr, rows, g_s, q_len, DV, BDV)
-        base = tl.load(stats_ptr + rows)[:, None]
-        delta = tl.load(stats_ptr + padded + rows)[:, None]
+        base, delta = _pairs(stats_ptr + rows * 2, INTERPRETED)
         dq, _ = _walk(
-            q, grad, base, delta, k_ptr, v_ptr, stats_ptr, valid_ptr,
+            q, grad, base[:, None], delta[:, None], k_ptr, v_ptr, stats_ptr, valid_ptr,
             steps_q_ptr + first_step * WIDTH, words_q_ptr, first_tile, n_full, n_part, 1,
             k_h, k_s, v_h, v_s, kv_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, UNIT, False,
-            False, WHOLE_K, VALID, SOFTCAP, STAGES, INTERPRETED,
+            False, WHOLE_K, VALID, SIMPLE, SOFTCAP, STAGES, INTERPRETED,
         )  # fmt: skip
         whole = True
         if SPLIT:

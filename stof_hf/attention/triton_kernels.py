@@ -101,14 +101,13 @@ def _step(steps_ptr, words_ptr, i, count, upper, row_lane, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _masked(x, low, high, lane, column_bit, OTHER: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x where a bit of the rows' words allows it, else OTHER."""
+def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
     if not INTERPRETED:
         # A volatile move keeps the branch around this: without it, the tests of all bits are made
         # before the product is there, and their results packed and unpacked.
         low = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [low], tl.int32, False, 1)
     word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
-    return tl.where((word & column_bit) != 0, x, OTHER)
+    return tl.where((word & column_bit) != 0, s, float("-inf"))
 
 
 @_jit
@@ -220,7 +219,7 @@ def block_kernel(
             s = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None] & keys_in[None, :],
                         scale, softcap, SOFTCAP, BIAS)  # fmt: skip
         if masked:
-            s = _masked(s, low, high, lane, column_bit, float("-inf"), INTERPRETED)
+            s = _masked(s, low, high, lane, column_bit, INTERPRETED)
         if VALID:
             w = tl.load(valid_ptr + (n >> 5), mask=keys_in, other=0)
             s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))

@@ -55,7 +55,9 @@ def supported(q: torch.Tensor, v: torch.Tensor, mask: SparseMask | None) -> bool
     return config(q, max(16, 1 << (dim - 1).bit_length()), 0.0) is not None
 
 
-def config(q: torch.Tensor, dim: int, runs: float) -> BackwardConfig | None:
+def config(
+    q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0
+) -> BackwardConfig | None:
     """Tiles of the Triton kernel, by count; None where they do not fit into shared memory.
 
     Args:
@@ -63,12 +65,22 @@ def config(q: torch.Tensor, dim: int, runs: float) -> BackwardConfig | None:
         runs: share of the mask's tiles that lie in long runs of full ones.
     """
     processors = multiprocessors(q.device)
-    roomy = has_much_shared_memory(q.device)
+    hopper = has_much_shared_memory(q.device)
     unit = int(runs > 0.6)
     if q.dtype == torch.float32:
         return BackwardConfig(64, 8, 1, unit, None, processors) if dim <= 64 else None
-    if dim <= 64:
-        return BackwardConfig(64, 4, 2, unit, None, 2 * processors)
-    if dim == 128:
-        return BackwardConfig(64, 4 if roomy else 8, 2 if roomy else 1, unit, None, 2 * processors)
-    return BackwardConfig(64, 8, 2 if roomy else 1, unit, None, processors)
+    if dim > 128:
+        if shared_memory(q.device) < 140 << 10:
+            return None
+        # With one loop alone, ptxas (12.8) lets products wait for one another.
+        return BackwardConfig(64, 8, *((2, 1) if hopper else (1, unit)), None, processors)
+    if not hopper:
+        return BackwardConfig(64, 8, 2, unit, None, 2 * processors)
+    batch, heads, q_len, _ = q.shape
+    if unit and batch * heads * (q_len // 128) >= 4 * processors:
+        # Blocks of 64 rows would ask the L2 cache for more than it delivers.
+        return BackwardConfig(128, 8, 2, unit, None, processors)
+    if dim <= 64 and not unit and not softcap:
+        # Three blocks a multiprocessor, for a few spilled registers.
+        return BackwardConfig(64, 4, 2, unit, 168, 3 * processors)
+    return BackwardConfig(64, 4, 2, unit, None, 2 * processors)

@@ -88,7 +88,8 @@ class _Call:
         if self.apart:
             dk, dv = self._by_head(dq, dk), self._by_head(dq, dv)
         bd, bdv = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
-        config = gradients.config(q, max(bd, bdv), 0.0 if on_device else run_share(mask))
+        runs = 0.0 if on_device else run_share(mask)
+        config = gradients.config(q, max(bd, bdv), runs, softcap)
         assert config is not None, "gradients.backward asks first"
         rows, unit = (TILE, 0) if on_device else (config.rows, config.unit)
         plan = (

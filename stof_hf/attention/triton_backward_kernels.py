@@ -54,8 +54,8 @@ def statistics_kernel(
 def _pairs(ptrs, INTERPRETED: tl.constexpr):
     """The two fp32 numbers at each pointer.
 
-    By an instruction of its own, since Triton would copy them to shared memory first, each thread
-    all those that it needs: a queue of 4-byte copies as long as the products take.
+    By an instruction of its own: Triton would copy them to shared memory first, each thread all
+    those that it needs.
     """
     if INTERPRETED:
         return tl.load(ptrs), tl.load(ptrs + 1)
@@ -82,13 +82,14 @@ def _words(ptrs, bits, INTERPRETED: tl.constexpr):
 def _allowed(p, low, high, INTERPRETED: tl.constexpr):
     """p where a bit of the rows' words allows it, else 0."""
     lane = tl.arange(0, 64)
-    one = tl.full([], 1, tl.int32)
+    none = tl.full([], 0, tl.int32)
     if not INTERPRETED:
         # A volatile move keeps the branch around this: else all bits are tested of full tiles, too.
         # Of a scalar: a tensor's would be repeated in every layout that the compiler tries.
-        one = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [one], tl.int32, False, 1)
+        none = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [none], tl.int32, False, 1)
     word = tl.where(lane[None, :] < 32, low[:, None], high[:, None])
-    return tl.where((word & (one << (lane & 31))[None, :]) != 0, p, 0.0)
+    bit = tl.full([64], 1, tl.int32) << ((lane + none) & 31)
+    return tl.where((word & bit[None, :]) != 0, p, 0.0)
 
 
 @triton.jit

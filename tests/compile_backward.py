@@ -68,15 +68,13 @@ def launches(call, grad, q, k, v, mask):
 def cases():
     """(name, compute capability, kernel, tensors)"""
     for capability, memory in MEMORY.items():
-        for module in (gradients,):
-            module.shared_memory = lambda device, memory=memory: memory
-            module.has_much_shared_memory = lambda device, memory=memory: memory >= 227 << 10
+        gradients.shared_memory = lambda device, memory=memory: memory
+        gradients.has_much_shared_memory = lambda device, memory=memory: memory >= 227 << 10
         for dtype, dim, group, (length, padded, softcap, pattern) in product(
             (torch.float16, torch.float32), (64, 128, 256), (1, 4), SHAPES
         ):
-            q, k = (
-                torch.zeros(8, length, h, dim, dtype=dtype).transpose(1, 2) for h in (16, 16 // group)
-            )
+            heads = (16, 16 // group)
+            q, k = (torch.zeros(8, length, h, dim, dtype=dtype).transpose(1, 2) for h in heads)
             if not gradients.supported(q, k, None):
                 continue
             valid = torch.ones(8, length, dtype=torch.bool) if padded else None

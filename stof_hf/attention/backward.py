@@ -98,9 +98,7 @@ def gradient_like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(batch, heads, length, dim)
 
 
-def sink_gradient(
-    sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor
-) -> torch.Tensor:
+def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """Gradient of sinks [H]; lse and delta = rowsum(dO O) are fp32 [B, H, Sq]."""
     share = torch.exp(sinks.float()[None, :, None] - lse.masked_fill(lse == -torch.inf, 0.0))
     return -(share * delta).sum((0, 2)).to(sinks.dtype)

@@ -8,7 +8,7 @@ import torch
 
 from ..masks.sparse_mask import SparseMask
 from . import backward as plain
-from .select import has_much_shared_memory, multiprocessors
+from .select import has_much_shared_memory, multiprocessors, shared_memory
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,7 @@ def supported(q: torch.Tensor, v: torch.Tensor, mask: SparseMask | None) -> bool
     return config(q, max(16, 1 << (dim - 1).bit_length()), 0.0) is not None
 
 
-def config(
-    q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0
-) -> BackwardConfig | None:
+def config(q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0) -> BackwardConfig | None:
     """Tiles of the Triton kernel, by count; None where they do not fit into shared memory.
 
     Args:

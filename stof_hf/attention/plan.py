@@ -90,9 +90,7 @@ class Blocks:
         return self.run_len + _PARTIAL_COST * self.n_part + _ITEM_COST
 
 
-def split_into_blocks(
-    runs: tuple[np.ndarray, ...], columns: int, rows: int, unit: int
-) -> Blocks:
+def split_into_blocks(runs: tuple[np.ndarray, ...], columns: int, rows: int, unit: int) -> Blocks:
     """Blocks of `rows` rows of (ptr, col, length, content), as `SparseMask.host_runs` has them."""
     ptr, col, length, content = runs
     patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1

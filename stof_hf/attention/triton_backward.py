@@ -95,9 +95,7 @@ class _Call:
         plan = (
             backward_plan.device_backward_plan(mask)
             if on_device
-            else backward_plan.backward_plan(
-                mask, rows, self.copies, shared, config.workers, unit
-            )
+            else backward_plan.backward_plan(mask, rows, self.copies, shared, config.workers, unit)
         )
         self.by_queries, self.by_keys = plan.queries, plan.keys
         self.rows, self.widths = rows, (bd, bd + bdv)
@@ -152,9 +150,7 @@ class _Call:
                 num_warps=4,
             )  # fmt: skip
 
-    def _together(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workers: int
-    ) -> int:
+    def _together(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, workers: int) -> int:
         """How many times `shared` heads run at a time; see `triton._BlockCall`."""
         copies = self.copies // self.shared
         per_copy = (k.shape[2] + self.shared * q.shape[2]) * (q.shape[3] + v.shape[3]) * q.itemsize

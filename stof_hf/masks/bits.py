@@ -52,7 +52,7 @@ def transpose(words: torch.Tensor) -> torch.Tensor:
     out = words.clone(memory_format=torch.contiguous_format)
     size, low = TILE // 2, (1 << TILE // 2) - 1
     while size:
-        pairs = out.view(*out.shape[:-1], -1, 2, size)
+        pairs = out.view(*out.shape[:-1], TILE // 2 // size, 2, size)
         upper, lower = pairs[..., 0, :], pairs[..., 1, :]
         # The sign that this shift draws in lies above every bit of `low`.
         changed = ((upper >> size) ^ lower) & low

@@ -277,6 +277,27 @@ def test_who_computes(monkeypatch):
     assert not gradients.supported(half, half, None)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_backward_finds_what_is_known_of_a_mask(monkeypatch, compiled):
+    found, original = [], gradients.backward
+
+    def watched(*args):
+        found.append(args[6].plans)
+        return original(*args)
+
+    monkeypatch.setattr(gradients, "backward", watched)
+    mask = SparseMask.from_pattern(patterns.Causal(), 70)
+    q, k, v = (x.cpu().requires_grad_() for x in make(1, 2, 2, 70, 70, 16)[:3])
+
+    def call(q, k, v):
+        return stof_hf.attention(q, k, v, mask)
+
+    if compiled:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    call(q, k, v).sum().backward()
+    assert len(found) == 1 and found[0] is mask.plans
+
+
 def test_gradients_of_bias_and_sinks_come_from_elsewhere():
     """Through the op on the CPU, where plain PyTorch computes everything."""
     q, k, v, _ = make(1, 2, 2, 70, 70, 16)

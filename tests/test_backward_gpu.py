@@ -131,16 +131,14 @@ def test_equal_calls_give_equal_bits(mode):
     assert all(torch.equal(a, b) for later in seen[1:] for a, b in zip(later, seen[0], strict=True))
 
 
-@pytest.mark.parametrize("planned", [True, False])
-def test_a_graph_replays_with_new_inputs(planned):
+def test_a_graph_replays_with_new_inputs():
     inputs, upstream = make(8, 2, 700, 700, 64, torch.float16)
     mask = SparseMask.from_pattern(patterns.Longformer(50, (0,)), 700, device="cuda")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         out = stof_hf.attention(*inputs, mask)
-        if planned:
-            torch.autograd.grad(out, inputs, upstream, retain_graph=True)
+        torch.autograd.grad(out, inputs, upstream)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):

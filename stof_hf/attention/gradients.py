@@ -66,7 +66,9 @@ def config(q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0) -> Back
     hopper = has_much_shared_memory(q.device)
     unit = int(runs > 0.6)
     if q.dtype == torch.float32:
-        return BackwardConfig(64, 8, 1, unit, None, processors) if dim <= 64 else None
+        # Elsewhere a thread would keep tens of kilobytes outside its registers.
+        fits = hopper and dim <= 64
+        return BackwardConfig(64, 8, 1, unit, None, processors) if fits else None
     if dim > 128:
         if shared_memory(q.device) < 140 << 10:
             return None

@@ -330,6 +330,55 @@ def bench_attention(
         raise typer.Exit(1)
 
 
+@bench_app.command("backward")
+def bench_backward(
+    masks: Annotated[
+        str | None, typer.Option(help="Such as causal,longformer; all by default.")
+    ] = None,
+    batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.")] = None,
+    seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 1024,4096.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Head size.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as stof,flex_triton; all by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time gradients of attention on identical masks: PyTorch, FlexAttention and ours.
+
+    The exit status is 1 where a contestant raised or computed something else.
+    """
+    from .bench import backward
+    from .bench.attention import default_device
+
+    where = default_device(device)
+    sizes = {
+        "batch": _numbers(batch), "seq_len": _numbers(seq_len), "heads": heads,
+        "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
+    }  # fmt: skip
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    chosen = backward.cells(where, masks.split(",") if masks else backward.MASKS, **sizes)
+    names = contestants.split(",") if contestants else list(backward.NAMES)
+    failed = []
+
+    def progress(cell: Any, record: dict[str, Any]) -> None:
+        for name, result in record["results"].items():
+            if result["status"] not in ("ok", "unavailable"):
+                failed.append(name)
+                text = f"{cell}: {name} {result['status']} {result.get('error', '')}"
+                console.print(text, style="red", markup=False)
+
+    data = backward.run(
+        chosen, contestants=names, device=where, json_path=json_path, progress=progress
+    )
+    console.print(backward.table(data))
+    if failed:
+        raise typer.Exit(1)
+
+
 @bench_app.command("roofline")
 def bench_roofline(
     results: Annotated[Path, typer.Argument(help="What stof bench attention --json saved.")],

@@ -19,6 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 from stof_hf import SparseMask, patterns
 from stof_hf.attention import select
 from stof_hf.attention import triton as backend
+from stof_hf.attention.triton_launch import Kernel
 
 #: Shared memory of a block by compute capability.
 MEMORY = {90: 227 << 10, 89: 99 << 10}
@@ -40,7 +41,7 @@ SHARED = {
 }  # fmt: skip
 
 
-def specialised(kernel: backend._Kernel, tensors: tuple[torch.Tensor, ...], target: GPUTarget):
+def specialised(kernel: Kernel, tensors: tuple[torch.Tensor, ...], target: GPUTarget):
     """(backend, arguments by name, types and specialisations, options) as a launch has them."""
     made = make_backend(target)
     bind = create_function_from_signature(kernel.fn.signature, kernel.fn.params, made)
@@ -48,7 +49,7 @@ def specialised(kernel: backend._Kernel, tensors: tuple[torch.Tensor, ...], targ
     return made, *bind(*tensors, *kernel.tensors, *kernel.rest, **options)
 
 
-def compiled(kernel: backend._Kernel, tensors: tuple[torch.Tensor, ...], capability: int) -> int:
+def compiled(kernel: Kernel, tensors: tuple[torch.Tensor, ...], capability: int) -> int:
     """Bytes of shared memory that a launch with these tensors in front takes."""
     target = GPUTarget("cuda", capability, 32)
     made, bound, types, options = specialised(kernel, tensors, target)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stof_hf.bench import attention as bench
-from stof_hf.bench import building, contestants, plot, roofline, summary
+from stof_hf.bench import backward, building, contestants, plot, roofline, summary
 from stof_hf.bench.contestants import CONTESTANTS, Cell, Contestant, Problem
 from stof_hf.bench.masks import MASKS, bench_mask
 from stof_hf.errors import MaskError, StofError, UnsupportedError
@@ -218,3 +218,29 @@ def test_roofline_is_drawn(results, tmp_path, monkeypatch):
     # 5 % of 4096 x 4096 pairs in 10 us; memory is the lower roof: 64 KB a row and head.
     flop, size = 4 * 12 * 64 * 0.05 * 4096**2, 4 * 12 * 4096 * 64 * 2
     assert reach == {"longformer": pytest.approx(flop / 10e-6 / min(1e12, 1e11 * flop / size))}
+
+
+@pytest.mark.parametrize("name", backward.MASKS)
+def test_gradients_are_measured(name, tmp_path):
+    file = tmp_path / "backward.json"
+    sizes = {"seq_len": [96], "heads": 4, "kv_heads": 2, "head_dim": 32}
+    cells = backward.cells(CPU, [name], **sizes)
+    data = backward.run(cells, device=CPU, json_path=file)
+    assert json.loads(file.read_text()) == data
+    results = data["cells"][0]["results"]
+    ran = {n for n, r in results.items() if r["status"] == "ok"}
+    assert ran == {"sdpa_mask", "stof"} | ({"sdpa_flash"} if name == "causal" else set())
+    assert all(results[n]["time_us"] > 0 and results[n]["rel_error"] < 1e-5 for n in ran)
+    assert name in text(backward.table(data))
+
+
+def test_wrong_gradients_get_no_time(monkeypatch):
+    wrong = _contestant("sdpa_mask", lambda p: p.q + 0 * p.k + 0 * p.v)
+    monkeypatch.setitem(backward.CONTESTANTS, "sdpa_mask", wrong)
+    cells = backward.cells(CPU, ["causal"], seq_len=[96], heads=2, head_dim=32)
+    data = backward.run(cells, contestants=["sdpa_mask", "stof"], device=CPU)
+    found = data["cells"][0]["results"]
+    assert found["sdpa_mask"]["status"] == "wrong" and "time_us" not in found["sdpa_mask"]
+    assert found["stof"]["status"] == "ok"
+    with pytest.raises(StofError, match="no contestant is called 'fast'"):
+        backward.run(cells, contestants=["fast"], device=CPU)

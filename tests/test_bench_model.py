@@ -111,7 +111,8 @@ def test_results_are_completed(tmp_path, monkeypatch):
     path, cell = tmp_path / "model.json", model.Cell("bert_base", 1, 96)
     model.run([cell], contestants=["eager", "stof"], device=CPU, json_path=path)
     first = json.loads(path.read_text())["cells"][0]["results"]
-    monkeypatch.setattr(model, "source_hash", lambda: "another")
+    other = types.SimpleNamespace(sources="another")
+    monkeypatch.setattr(model.tuned, "environment", lambda device: other)
     model.run([cell], contestants=["eager", "sdpa", "stof"], device=CPU, json_path=path)
     then = json.loads(path.read_text())["cells"][0]["results"]
     assert then["eager"] == first["eager"] and set(then) == {"eager", "sdpa", "stof"}

@@ -110,6 +110,17 @@ def test_bench_masks_writes_json(tmp_path):
     assert "no pattern is called 'bird'" in str(result.exception)
 
 
+def test_bench_backward_writes_json(tmp_path):
+    file = tmp_path / "backward.json"
+    sizes = ("--masks", "causal", "--batch", 2, "--seq-len", "64,128", "--heads", 2)
+    options = ("--device", "cpu", "--contestants", "stof,sdpa_mask", "--json", file)
+    result = invoke("bench", "backward", *sizes, "--head-dim", 32, *options)
+    assert result.exit_code == 0, result.output
+    data = json.loads(file.read_text())
+    assert [cell["cell"]["seq_len"] for cell in data["cells"]] == [64, 128]
+    assert all(set(cell["results"]) == {"stof", "sdpa_mask"} for cell in data["cells"])
+
+
 def test_bench_decode_writes_json(tmp_path):
     file = tmp_path / "decode.json"
     options = ("--batch", "1,2", "--cached", "1100", "--device", "cpu")

@@ -37,9 +37,10 @@ def backward(
         grad, out: [B, Sq, H, Dv]. lse: fp32 [B, H, Sq]. The rest as for the forward.
     """
     batch, heads, q_len, dim = q.shape
+    made = gradient_like(k), gradient_like(v)
     kv_heads, kv_len = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    dq = torch.empty(batch, heads, q_len, dim, dtype=q.dtype, device=q.device)
+    dq = gradient_like(q)
     dk = torch.zeros(batch, kv_heads, kv_len, dim, device=q.device)
     dv = torch.zeros(batch, kv_heads, kv_len, v.shape[3], device=q.device)
     grad, out = grad.transpose(1, 2), out.transpose(1, 2)
@@ -80,13 +81,27 @@ def backward(
         ds = fold(ds * slope)
         dq[:, :, rows] = (ds @ kb).unflatten(2, (group, n)).flatten(1, 2).to(q.dtype)
         dk.index_add_(2, keys, ds.transpose(-1, -2) @ fold(qb))
-    dsinks = None
-    if sinks is not None:
-        share = torch.exp(sinks.float()[None, :, None] - base)
-        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    dsinks = None if sinks is None else sink_gradient(sinks, lse, delta)
     if dbias is not None:
         dbias = dbias.to(bias.dtype)  # type: ignore[union-attr]
-    return dq, dk.to(k.dtype), dv.to(v.dtype), dbias, dsinks
+    return dq, made[0].copy_(dk), made[1].copy_(dv), dbias, dsinks
+
+
+def gradient_like(x: torch.Tensor) -> torch.Tensor:
+    """Room for the gradient of x [B, H, S, D]: rows of [B, S, H, D] where x is a view of that.
+
+    So what made x by a transposition gets a gradient that it need not copy.
+    """
+    batch, heads, length, dim = x.shape
+    if x.stride(1) < x.stride(2):
+        return x.new_empty(batch, length, heads, dim).transpose(1, 2)
+    return x.new_empty(batch, heads, length, dim)
+
+
+def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Gradient of sinks [H]; lse and delta = rowsum(dO O) are fp32 [B, H, Sq]."""
+    share = torch.exp(sinks.float()[None, :, None] - lse.masked_fill(lse == -torch.inf, 0.0))
+    return -(share * delta).sum((0, 2)).to(sinks.dtype)
 
 
 def _part(bias: torch.Tensor, rows: slice, keys: torch.Tensor) -> torch.Tensor:

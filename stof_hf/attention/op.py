@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -130,7 +131,7 @@ def _mask_of(
         mask = mask_for(_pattern(pattern), q_len, kv_len, q_offset, col, device=device)
     elif tensors:
         # Of masks that the graph computes, nothing can be kept for the next call.
-        plans = PLANS.get(tensors[5], {})
+        plans = _plans_of(tensors[5], tensors[1])
         mask = SparseMask(
             q_len, kv_len, *tensors, plans=plans,
             row_start=row if row_start is None else row_start,
@@ -141,6 +142,23 @@ def _mask_of(
     else:
         return None
     return mask.with_words(kv_valid)
+
+
+def _plans_of(tile_bits: torch.Tensor, row_ptr: torch.Tensor) -> dict[Any, Any]:
+    """What kernels derived from the mask that these tensors belong to; empty if that is unknown."""
+    place = tile_bits.data_ptr(), row_ptr.data_ptr()
+    plans = PLANS.get(tile_bits)
+    if plans is None:
+        alive, plans = _PLACES.get(place, (None, {}))
+        return plans if alive is not None and alive() is not None else {}
+    if place not in _PLACES:
+        _PLACES[place] = weakref.ref(tile_bits, lambda _: _PLACES.pop(place, None)), plans
+    return plans
+
+
+#: Plans by where tensors lie, as long as they do: what compiled code saves for its backward are
+#: other objects than those that `PLANS` knows.
+_PLACES: dict[tuple[int, int], tuple[weakref.ref, dict[Any, Any]]] = {}
 
 
 @torch.library.custom_op(
@@ -182,7 +200,7 @@ def _attention_backward(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
     scale, softcap,
 ):  # fmt: skip
-    from .backward import backward
+    from .gradients import backward
 
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
     with torch.autocast(q.device.type, enabled=False):
@@ -195,10 +213,10 @@ def _(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
     scale, softcap,
 ):  # fmt: skip
-    inputs = [q, k, v, bias, sinks]
-    return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs if t is not None
-    ]
+    from .backward import gradient_like
+
+    rest = [x.new_empty(x.shape) for x in (bias, sinks) if x is not None]
+    return [*(gradient_like(x) for x in (q, k, v)), *rest]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

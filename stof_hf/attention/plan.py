@@ -62,11 +62,40 @@ def block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int
 
 
 def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: int) -> BlockPlan:
-    ptr, col, length, content = mask.host_runs()
+    blocks = split_into_blocks(mask.host_runs(), bits.words_per(mask.kv_len), rows, unit)
+    cost = blocks.cost()
+    share = cost.sum() * copies / blocks.patterns / workers
+    return work_list(blocks, cost, share, unit, mask.device)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tiles of blocks of tile rows: entry p * per_pattern + b of an array is block b of p.
+
+    run_col, run_len: the full run. first_part, n_part: which of the steps [S, 1 + rows / 64], key
+    tile and contents, are the block's others.
+    """
+
+    rows: int
+    patterns: int
+    per_pattern: int
+    run_col: np.ndarray
+    run_len: np.ndarray
+    first_part: np.ndarray
+    n_part: np.ndarray
+    steps: np.ndarray
+
+    def cost(self) -> np.ndarray:
+        """Of each block, in full tiles."""
+        return self.run_len + _PARTIAL_COST * self.n_part + _ITEM_COST
+
+
+def split_into_blocks(runs: tuple[np.ndarray, ...], columns: int, rows: int, unit: int) -> Blocks:
+    """Blocks of `rows` rows of (ptr, col, length, content), as `SparseMask.host_runs` has them."""
+    ptr, col, length, content = runs
     patterns, tile_rows = ptr.shape[0], ptr.shape[1] - 1
     per = rows // TILE
     blocks = -(-tile_rows // per)
-    columns = bits.words_per(mask.kv_len)
     count = np.diff(ptr, axis=1).reshape(-1)
     row = np.repeat(np.arange(len(count)), count)
     pattern, tile_row = row // tile_rows, row % tile_rows
@@ -83,16 +112,19 @@ def _block_plan(mask: SparseMask, rows: int, copies: int, workers: int, unit: in
     step_block, steps = _partial_steps(block, col, length, content, full, run_col, run_len)
     n_part = np.bincount(step_block, minlength=total)
     first_part = np.cumsum(n_part) - n_part
-    cost = run_len + _PARTIAL_COST * n_part + _ITEM_COST
-    pieces = _pieces(cost, copies / patterns, workers)
-    items, merges, slots = _items(
-        pieces, cost, run_col, run_len, first_part, n_part, patterns, blocks, max(unit, 1)
-    )
-    device = mask.device
-    tensors = (_upload(x, device) for x in (items, steps, merges))
-    by_pattern = (cost / pieces).reshape(patterns, blocks)
-    unevenness = float((by_pattern.max(1) / cost.reshape(patterns, blocks).sum(1)).max())
-    return BlockPlan(rows, *tensors, slots, unevenness)
+    return Blocks(rows, patterns, blocks, run_col, run_len, first_part, n_part, steps)
+
+
+def work_list(
+    blocks: Blocks, cost: np.ndarray, share: float, unit: int, device: torch.device
+) -> BlockPlan:
+    """Items of blocks with these costs, those split that far outlast a worker's even share."""
+    pieces = _pieces(cost, share)
+    items, merges, slots = _items(pieces, cost, blocks, max(unit, 1))
+    tensors = (_upload(x, device) for x in (items, blocks.steps, merges))
+    by_pattern = (cost / pieces).reshape(blocks.patterns, -1)
+    total = cost.reshape(blocks.patterns, -1).sum(1)
+    return BlockPlan(blocks.rows, *tensors, slots, float((by_pattern.max(1) / total).max()))
 
 
 def _joined(
@@ -153,18 +185,19 @@ def _partial_steps(
     return block[source], np.concatenate([tile[:, None], content[source]], axis=1)
 
 
-def _pieces(cost: np.ndarray, copies: float, workers: int) -> np.ndarray:
+def _pieces(cost: np.ndarray, share: float) -> np.ndarray:
     """Into how many pieces each block is split: no piece should outlast an even share by much."""
-    share = max(cost.sum() * copies / workers, _LEAST_PIECE)
+    share = max(share, _LEAST_PIECE)
     pieces = np.maximum(2, np.rint(cost / share))
     split = cost > np.maximum(share, cost / pieces) + _MERGE_COST
     return np.where(split, pieces, 1).astype(np.int64)
 
 
 def _items(
-    pieces: np.ndarray, cost: np.ndarray, run_col: np.ndarray, run_len: np.ndarray,
-    first_part: np.ndarray, n_part: np.ndarray, patterns: int, blocks: int, unit: int,
-) -> tuple[np.ndarray, np.ndarray, int]:  # fmt: skip
+    pieces: np.ndarray, cost: np.ndarray, made: Blocks, unit: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    patterns, blocks, n_part = made.patterns, made.per_pattern, made.n_part
+    run_col, run_len, first_part = made.run_col, made.run_len, made.first_part
     of = np.repeat(np.arange(len(pieces)), pieces)
     index = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     n = pieces[of]
@@ -294,7 +327,12 @@ def device_block_plan(mask: SparseMask) -> BlockPlan:
     For masks whose runs the host does not know, and for calls that a CUDA graph captures before
     they were planned. Every tile is a step of its own, and no item is split.
     """
-    count, steps = _device_steps(device_tile_table(mask))
+    return device_work_list(device_tile_table(mask))
+
+
+def device_work_list(table: torch.Tensor) -> BlockPlan:
+    """`device_block_plan` of the rows of a tile table [P, rows, columns]."""
+    count, steps = _device_steps(table)
     weight, block = torch.sort(count, dim=1, descending=True, stable=True)
     row = torch.arange(len(count), device=count.device)[:, None] * count.shape[1] + block
     none = torch.zeros_like(block)

@@ -6,9 +6,6 @@ list, the grid, the compiled kernel. A later call allocates its outputs and laun
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 import triton
 
@@ -26,8 +23,8 @@ from .plan import (
     tile_lists,
     tile_table,
 )
+from .triton_launch import INTERPRETED, Kernel
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 #: Heads that run together: their keys and values should stay in this much of L2.
 _L2_BYTES = 24 << 20
 
@@ -62,39 +59,6 @@ def prepare(
 
 def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
     return max(16, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
-
-
-class _Kernel:
-    """A kernel launch with everything fixed but the tensors that come first among its arguments.
-
-    Triton specialises on whether most pointers are multiples of 16: the compiled kernel is reused
-    only for tensors that are, as those of its first launch were.
-    """
-
-    def __init__(
-        self, fn: Any, grid: tuple[int, ...], tensors: tuple[torch.Tensor, ...],
-        rest: tuple[Any, ...], **options: Any,
-    ):  # fmt: skip
-        self.fn, self.tensors, self.rest, self.options = fn, tensors, rest, options
-        self.grid = (*grid, 1, 1)[:3]
-        self.fixed = (*(t.data_ptr() for t in tensors), *rest)
-        self.compiled: Any = None
-
-    def __call__(self, *tensors: torch.Tensor, starts: tuple[int | torch.Tensor, ...] = ()) -> None:
-        pointers = [t.data_ptr() for t in tensors]
-        union = 0
-        for pointer in pointers:
-            union |= pointer
-        # Numbers among the starts are part of what the call was prepared for.
-        for start in starts:
-            pointers.append(start if isinstance(start, int) else start.data_ptr())
-        if self.compiled is not None and union % 16 == 0:
-            self.compiled[self.grid](*pointers, *self.fixed)
-            return
-        everything = (*tensors, *starts, *self.tensors, *self.rest)
-        compiled = self.fn[self.grid](*everything, **self.options)
-        if union % 16 == 0:
-            self.compiled = compiled
 
 
 def _strides(x: torch.Tensor, keep: int) -> tuple[int, ...]:
@@ -197,7 +161,7 @@ class _BlockCall(_Common):
             bias is not None, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
             INTERPRETED, overlaps(q.device),
         )  # fmt: skip
-        self.main = _Kernel(
+        self.main = Kernel(
             kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
             numbers + constants,
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
@@ -206,7 +170,7 @@ class _BlockCall(_Common):
         if self.split:
             merges = plan.merges.shape[1]
             cut = 16
-            self.merge = _Kernel(
+            self.merge = Kernel(
                 kernels.merge_kernel, (copies, merges * (plan.rows // cut)),
                 (plan.merges, mask.pattern_id),
                 (*self.mask_strides[:2], self.heads, self.q_len, merges, plan.slots, self.v_dim,
@@ -271,7 +235,7 @@ class _RowCall(_Common):
             has_sinks and not split, with_lse and not split, config.stages, INTERPRETED,
         )  # fmt: skip
         grid = (self.batch * self.kv_heads, self.takes * self.splits)
-        self.main = _Kernel(
+        self.main = Kernel(
             kernels.row_kernel,
             grid,
             (table, steps, self.words, mask.pattern_id),
@@ -280,7 +244,7 @@ class _RowCall(_Common):
             num_stages=config.stages,
         )
         if self.splits > 1:
-            self.merge = _Kernel(
+            self.merge = Kernel(
                 kernels.row_merge_kernel, (self.batch * self.heads, self.q_len), (),
                 (self.heads, self.q_len, self.splits, self.take, self.v_dim, self.bdv,
                  triton.next_power_of_2(self.splits), has_sinks, with_lse),

@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import StofError
-from .attention import FORMAT, describe, environment, load, save, source_hash
+from ..tuning import environment as tuned
+from .attention import FORMAT, describe, environment, load, save
 from .timing import host_time_us
 from .zoo import ZOO, Problem, shapes_of
 
@@ -112,7 +113,7 @@ def run(
         raise StofError(
             f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
         )
-    here, sources = environment(device), source_hash()
+    here, sources = environment(device), tuned.environment(device).sources
     data = load(json_path) if json_path is not None and json_path.exists() else None
     if data is None:
         data = {"format": FORMAT, **here, "cells": []}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 __all__ = [
-    "CapturedCall", "build_time_ms", "finished_times_ms", "host_peak_mb", "host_time_us",
-    "peak_memory_mb", "replay_times_us", "wall_time_us",
+    "CapturedCall", "build_time_ms", "event_time_us", "finished_times_ms", "host_peak_mb",
+    "host_time_us", "peak_memory_mb", "replay_times_us", "wall_time_us",
 ]  # fmt: skip
 
 Call = Callable[[], Any]
@@ -25,10 +25,14 @@ _FILLS_MS = 0.2
 
 
 class CapturedCall:
-    """A CUDA graph of a call, repeated where it is short. What it returns is thrown away."""
+    """A CUDA graph of a call, repeated where it is short. What it returns is thrown away.
 
-    def __init__(self, call: Call):
-        side = torch.cuda.Stream()
+    Args:
+        stream: on which it is captured: of a backward that of its forward, which it runs on.
+    """
+
+    def __init__(self, call: Call, stream: torch.cuda.Stream | None = None):
+        side = stream or torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
@@ -43,7 +47,7 @@ class CapturedCall:
         self.once_ms = begin.elapsed_time(end)
         self.calls = 25 if self.once_ms < 0.4 else 5 if self.once_ms < 4 else 1
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, stream=stream):
             for _ in range(self.calls):
                 call()
 
@@ -77,6 +81,21 @@ def replay_times_us(captured: Sequence[CapturedCall]) -> list[float]:
     for i in (*times, *back[half:], *back[:half]):
         times[i] += captured[i].times_ms(10 if captured[i].once_ms < 4 else 4)
     return [statistics.median(times[i]) * 1000 / one.calls for i, one in enumerate(captured)]
+
+
+def event_time_us(call: Call) -> float:
+    """Device time of a call that no graph can hold, gaps between its kernels included: the median
+    of 20, behind as many others."""
+    for _ in range(20):
+        call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    torch.cuda.synchronize()
+    pairs = zip(events, events[1:], strict=False)
+    return statistics.median(a.elapsed_time(b) for a, b in pairs) * 1000
 
 
 def wall_time_us(call: Call) -> float:

@@ -6,7 +6,9 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -34,13 +36,34 @@ class Team {
       using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
       reinterpret_cast<Parallel>(parallel_)(Shared<Work>::enter, &shared, (unsigned)threads, 0);
     } else {
+      // Stacks may take all memory that there is. So much is kept until the threads are there, and is then free
+      // for what they need before any begins; where there is less, this one does all of it.
+      auto room = std::unique_ptr<volatile char[]>(new (std::nothrow) volatile char[kRoom]);
+      if (!room) return work();
+      room[0] = 0;
       std::vector<std::thread> team;
       team.reserve(threads - 1);
+      std::atomic<int> stage{0};
+      std::atomic<size_t> ready{0};
+      auto reach = [&](int wanted) {
+        while (stage < wanted) std::this_thread::yield();
+      };
+      auto enter = [&] {
+        reach(1);
+        prepare_to_throw();
+        ++ready;
+        reach(2);
+        Shared<Work>::enter(&shared);
+      };
       try {
-        for (int64_t i = 1; i < threads; ++i) team.emplace_back(Shared<Work>::enter, &shared);
+        for (int64_t i = 1; i < threads; ++i) team.emplace_back(enter);
       } catch (const std::exception&) {
         // The system gives no more threads: those there are do all of it.
       }
+      room.reset();
+      stage = 1;
+      while (ready < team.size()) std::this_thread::yield();
+      stage = 2;
       Shared<Work>::enter(&shared);
       for (std::thread& t : team) t.join();
     }
@@ -57,6 +80,13 @@ class Team {
   }
 
  private:
+  // More than malloc would take from what it has: what is given back goes to the system.
+  static constexpr size_t kRoom = 48 << 20;
+
+  // What the C++ runtime keeps of a thread's exceptions is allocated when it is first asked for, and the process
+  // ends where that fails. OpenMP's threads stay, so that each asks in the first work that it shares.
+  static void prepare_to_throw() { (void)std::uncaught_exceptions(); }
+
   template <typename Work>
   struct Shared {
     Work& work;
@@ -66,6 +96,7 @@ class Team {
     // What a thread throws may not leave it: that would end the process.
     static void enter(void* shared) {
       Shared& self = *static_cast<Shared*>(shared);
+      prepare_to_throw();
       try {
         self.work();
       } catch (...) {

@@ -263,21 +263,32 @@ def _pattern(text: str, fields: dict[str, Any]) -> Any:
         raise typer.BadParameter(str(error)) from error
 
 
+# Options of the benchmarks of attention and of its backward.
+Masks = Annotated[str | None, typer.Option(help="Such as causal,longformer; all by default.")]
+Heads = Annotated[int | None, typer.Option(help="Query heads.")]
+KVHeads = Annotated[int | None, typer.Option(help="Key and value heads.")]
+HeadDim = Annotated[int | None, typer.Option(help="Head size.")]
+Dtype = Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")]
+Contestants = Annotated[str | None, typer.Option(help="Such as stof,flex_triton; all by default.")]
+
+
+def _sizes(batch: str | None, seq_len: str | None, **others: Any) -> dict[str, Any]:
+    """Those of a grid's sizes that were given."""
+    sizes = others | {"batch": _numbers(batch), "seq_len": _numbers(seq_len)}
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
 @bench_app.command("attention")
 def bench_attention(
     quick: Annotated[bool, typer.Option(help="A few cells only.")] = False,
-    masks: Annotated[
-        str | None, typer.Option(help="Such as causal,longformer; all by default.")
-    ] = None,
+    masks: Masks = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8,16.")] = None,
     seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 512,4096.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Head size.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
-    contestants: Annotated[
-        str | None, typer.Option(help="Such as stof,flex_triton; all by default.")
-    ] = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    dtype: Dtype = None,
+    contestants: Contestants = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     jobs: Annotated[int, typer.Option(help="Processes that compile ahead of the timing.")] = 0,
     json_path: Annotated[
@@ -297,13 +308,7 @@ def bench_attention(
 
     where = attention.default_device(device)
     chosen_masks = masks.split(",") if masks else list(MASKS)
-    sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype}
-    sizes = {name: value for name, value in sizes.items() if value is not None}
-    sizes |= {
-        name: value
-        for name, value in (("batch", _numbers(batch)), ("seq_len", _numbers(seq_len)))
-        if value is not None
-    }
+    sizes = _sizes(batch, seq_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     cells = attention.cells(where, chosen_masks, quick=quick, **sizes)
     names = contestants.split(",") if contestants else list(CONTESTANTS)
 
@@ -332,18 +337,14 @@ def bench_attention(
 
 @bench_app.command("backward")
 def bench_backward(
-    masks: Annotated[
-        str | None, typer.Option(help="Such as causal,longformer; all by default.")
-    ] = None,
+    masks: Masks = None,
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,8.")] = None,
     seq_len: Annotated[str | None, typer.Option(help="Lengths, such as 1024,4096.")] = None,
-    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None,
-    kv_heads: Annotated[int | None, typer.Option(help="Key and value heads.")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="Head size.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float16, bfloat16 or float32.")] = None,
-    contestants: Annotated[
-        str | None, typer.Option(help="Such as stof,flex_triton; all by default.")
-    ] = None,
+    heads: Heads = None,
+    kv_heads: KVHeads = None,
+    head_dim: HeadDim = None,
+    dtype: Dtype = None,
+    contestants: Contestants = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
 ) -> None:
@@ -355,11 +356,7 @@ def bench_backward(
     from .bench.attention import default_device
 
     where = default_device(device)
-    sizes = {
-        "batch": _numbers(batch), "seq_len": _numbers(seq_len), "heads": heads,
-        "kv_heads": kv_heads, "head_dim": head_dim, "dtype": dtype,
-    }  # fmt: skip
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+    sizes = _sizes(batch, seq_len, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
     chosen = backward.cells(where, masks.split(",") if masks else backward.MASKS, **sizes)
     names = contestants.split(",") if contestants else list(backward.NAMES)
     failed = []

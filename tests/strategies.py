@@ -1,4 +1,4 @@
-"""Hypothesis strategies: patterns from the whole algebra, and the masks they make."""
+"""Hypothesis strategies: patterns from the whole algebra, and the masks they make; padded masks."""
 
 from __future__ import annotations
 
@@ -178,3 +178,20 @@ def cases(draw, max_batch=2, max_heads=3, offsets=True) -> Case:
     )
     padding = draw(paddings(batch if pattern.batch is None else pattern.batch, kv_len))
     return Case(pattern, q_len, kv_len, q_offset, kv_offset, padding)
+
+
+#: Of which sequences `padded` hides keys.
+PADDINGS = ["none", "right", "left", "all of one"]
+
+
+def padded(mask_shape, padding):
+    """A random mask [*mask_shape, 70, 140] with such padding, and what it allows, dense."""
+    g = torch.Generator().manual_seed(5)
+    allowed = torch.rand(*mask_shape, 70, 140, generator=g) < 0.3
+    mask = SparseMask.from_dense(allowed)
+    if padding != "none":
+        at, real = torch.arange(140), torch.tensor([[140], [33]])
+        valid = {"right": at < real, "left": at >= 140 - real, "all of one": real + 0 * at > 100}
+        mask = mask.with_padding(valid[padding])
+        allowed = allowed & valid[padding][:, None, None]
+    return mask, allowed

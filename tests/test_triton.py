@@ -11,7 +11,7 @@ import torch
 from compiling import without_a_gpu, wrong
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import cases
+from strategies import PADDINGS, cases, padded
 
 from stof_hf import SparseMask, patterns
 from stof_hf.attention import select
@@ -110,17 +110,9 @@ def test_patterns(kernel, pattern):
 
 @pytest.mark.parametrize("mask_shape", [(2, 4), (1, 4), (2, 1)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("padding", ["none", "right", "left", "all of one"])
+@pytest.mark.parametrize("padding", PADDINGS)
 def test_batch_heads_and_padding(kernel, mask_shape, kv_heads, padding):
-    g = torch.Generator().manual_seed(5)
-    allowed = torch.rand(*mask_shape, 70, 140, generator=g) < 0.3
-    mask = SparseMask.from_dense(allowed)
-    if padding != "none":
-        at, real = torch.arange(140), torch.tensor([[140], [33]])
-        valid = {"right": at < real, "left": at >= 140 - real, "all of one": real + 0 * at > 100}
-        mask = mask.with_padding(valid[padding])
-        allowed = allowed & valid[padding][:, None, None]
-    compare(*make(2, 4, kv_heads, 70, 140, 16), mask, allowed)
+    compare(*make(2, 4, kv_heads, 70, 140, 16), *padded(mask_shape, padding))
 
 
 @pytest.mark.parametrize("options", [

@@ -16,6 +16,7 @@ from ...attention.select import multiprocessors
 from ...errors import BuildError, StofWarning, UnsupportedError
 from ...kernels import cuda_build
 from ...kernels.cuda_kernels import kernel
+from .norm_common import on_device_of, refuse_gradients
 
 __all__ = ["ACTIVATIONS", "SPACE", "Gemm", "default", "fits", "gemm_hopper", "serves"]
 
@@ -150,12 +151,7 @@ class Gemm:
                 f"x {list(x.shape)} of {x.dtype} on {x.device} does not fit a weight "
                 f"{list(w.shape)} of {w.dtype} on {w.device}"
             )
-        grads = (t.requires_grad for t in (x, w, residual, self.bias) if t is not None)
-        if torch.is_grad_enabled() and any(grads):
-            raise UnsupportedError(
-                "fused templates have no backward: call them under torch.no_grad(), or train with "
-                "the model's own layers (stof_hf.restore(model))"
-            )
+        refuse_gradients(x, w, residual, self.bias)
         m = x.shape[0]
         if max(m, n, p.depth) > _MOST:
             raise UnsupportedError(f"{m} rows are more than the kernel counts: pass fewer at once")
@@ -176,7 +172,7 @@ class Gemm:
         params = self.params or default(m, n, x.device, gated=bool(p.gated))
         p.block_n, p.group = params["block_n"], params["group"]
         p.x, p.out, p.rows, p.x_row = x.data_ptr(), out.data_ptr(), m, x.stride(0)
-        with torch.cuda.device(x.device):
+        with on_device_of(x):
             stream = torch.cuda.current_stream().cuda_stream
             message = self._run(ctypes.addressof(p), stream)
         if message:

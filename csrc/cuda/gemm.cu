@@ -9,6 +9,7 @@
 // Limits: rows of x, weight and out aligned to 16 bytes; lengths up to 2^31.
 #include <cuda_runtime.h>
 
+#include "activation.cuh"
 #include "gemm.h"
 #include "hopper_ptx.cuh"
 #include "items.cuh"
@@ -51,47 +52,6 @@ struct Place {
     column = rest / height;
   }
 };
-
-// x / (1 + 2^u)
-__device__ __forceinline__ float weigh(float x, float u) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1 + exp2_fast(u)));
-  return x * y;
-}
-
-// x times the normal distribution's sum up to x, as a sigmoid: its logarithm's odds are a polynomial of x^2 times
-// x, such that the result is off by at most 4e-5 of itself or 1e-8 (a fifth of what rounding to fp16 may add), and
-// falls to zero beyond. Everything here takes power that the tensor cores lack, and erff twice as much.
-__device__ __forceinline__ float gelu(float x) {
-  const float t = x * x;
-  float p = -2.906990426154721e-9f;
-  p = fmaf(p, t, 2.511243906155869e-7f);
-  p = fmaf(p, t, -8.538783731637523e-6f);
-  p = fmaf(p, t, 1.2968208466190845e-4f);
-  p = fmaf(p, t, 2.3993793001864105e-4f);
-  p = fmaf(p, t, -0.10513465851545334f);
-  p = fmaf(p, t, -2.302035093307495f);
-  return weigh(x, x * p);
-}
-
-template <int A>
-__device__ __forceinline__ float activate(float x) {
-  if constexpr (A == kRelu) return x < 0 ? 0.f : x;
-  if constexpr (A == kGelu) return gelu(x);
-  // tanh(u) = 2 sigmoid(2 u) - 1
-  if constexpr (A == kGeluTanh) return weigh(x, x * fmaf(x * x, -0.1029432396f, -2.302208198f));
-  if constexpr (A == kQuickGelu) return weigh(x, -2.455466958f * x);
-  if constexpr (A == kSilu) return weigh(x, -kLog2e * x);
-  return x;
-}
-
-template <typename T>
-__device__ __forceinline__ float2 pair_of(uint32_t x) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half22float2(reinterpret_cast<const __half2&>(x));
-  else
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x));
-}
 
 // Puts a warp's 16 rows of 32 columns, in pairs, where the copy engine takes them from, swizzled by 64 bytes.
 template <typename T>
@@ -169,7 +129,7 @@ __device__ __forceinline__ void store(const Call& call, T (&buffers)[2][64][kBox
   }
 }
 
-template <typename T, int N, bool Gated>
+template <typename T, int N, bool Gated, bool Transposed>
 __device__ __forceinline__ void produce(const Call& call, Shared<T, N>& s, int rank, int cluster, int clusters) {
   using S = Shared<T, N>;
   Ring<S::kStages> stage;
@@ -181,13 +141,22 @@ __device__ __forceinline__ void produce(const Call& call, Shared<T, N>& s, int r
       barrier_wait(&s.empty[stage.at], stage.parity ^ 1);
       barrier_expect(&s.full[stage.at], (kRows + N) * kDepth * (int)sizeof(T));
       load_box(s.x[stage.at], &call.x, &s.full[stage.at], kDepth * k, row, 0, 0);
-      load_box_to_all(s.weight[stage.at] + rank * (N / 2), &call.weight, &s.full[stage.at], kDepth * k, of, 0, 0,
-                      (1 << kCluster) - 1);
+      if constexpr (Transposed) {
+        // Chunks of 64 columns, of which each block loads half of the rows.
+        T* to = s.weight[stage.at][0] + rank * (kDepth / 2 * 64);
+#pragma unroll
+        for (int c = 0; c < N / 64; ++c)
+          load_box_to_all(to + c * kDepth * 64, &call.weight, &s.full[stage.at], place.column * N + 64 * c,
+                          kDepth * k + rank * (kDepth / 2), 0, 0, (1 << kCluster) - 1);
+      } else {
+        load_box_to_all(s.weight[stage.at] + rank * (N / 2), &call.weight, &s.full[stage.at], kDepth * k, of, 0, 0,
+                        (1 << kCluster) - 1);
+      }
     }
   }
 }
 
-template <typename T, int N, bool Gated>
+template <typename T, int N, bool Gated, bool Transposed>
 __device__ __forceinline__ void consume(const Call& call, Shared<T, N>& s, int rank, int cluster, int clusters) {
   using S = Shared<T, N>;
   const int group = uniform(threadIdx.x / 128), lane = threadIdx.x % 32;
@@ -212,12 +181,14 @@ __device__ __forceinline__ void consume(const Call& call, Shared<T, N>& s, int r
     for (int k = 0; k < call.steps; ++k) {
       barrier_wait(&s.full[stage.at], stage.parity);
       wgmma_fence();
-      const uint64_t x = tile_descriptor(s.x[stage.at], 0), weight = tile_descriptor(s.weight[stage.at], 0);
+      const uint64_t x = tile_descriptor(s.x[stage.at], 0);
+      const uint64_t weight = tile_descriptor(s.weight[stage.at], Transposed ? 64 * kDepth * (int)sizeof(T) : 0);
 #pragma unroll
       for (int i = 0; i < kDepth / 16; ++i)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          product_ss<T>(acc[h], x + (h * 64 * 128 + i * 32 >> 4), weight + (i * 32 >> 4), k + i > 0);
+          product_ss<T, Transposed>(acc[h], x + (h * 64 * 128 + i * 32 >> 4),
+                                    weight + (i * (Transposed ? 2048 : 32) >> 4), k + i > 0);
       wgmma_commit();
       if (k > 0) {
         wgmma_wait<1>();
@@ -252,7 +223,7 @@ __device__ __forceinline__ void consume(const Call& call, Shared<T, N>& s, int r
   if (lane == 0) wait_boxes_read<0>();
 }
 
-template <typename T, int N, bool Gated>
+template <typename T, int N, bool Gated, bool Transposed>
 __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Call call) {
   using S = Shared<T, N>;
   extern __shared__ unsigned char memory[];
@@ -276,11 +247,11 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   if (warp >= kConsumers / 32) {
     registers_down<kProducerRegisters>();
     if (warp == kConsumers / 32 && threadIdx.x % 32 == 0)
-      produce<T, N, Gated>(call, s, rank, cluster, clusters);
+      produce<T, N, Gated, Transposed>(call, s, rank, cluster, clusters);
     __syncwarp();
   } else {
     registers_up<kConsumerRegisters>();
-    consume<T, N, Gated>(call, s, rank, cluster, clusters);
+    consume<T, N, Gated, Transposed>(call, s, rank, cluster, clusters);
     __syncwarp();
   }
   // The other block may still write here.
@@ -288,7 +259,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant
   cluster_wait();
 }
 
-template <typename T, int N, bool Gated>
+template <typename T, int N, bool Gated, bool Transposed>
 const char* launch(const GemmProblem& p, cudaStream_t stream) {
   const Encode encode = find_encode();
   if (!encode) return kNoEncode;
@@ -296,7 +267,8 @@ const char* launch(const GemmProblem& p, cudaStream_t stream) {
   Call call = {};
   const int64_t weight_rows = Gated ? 2 * p.columns : p.columns;
   if (!make_map<T>(call.x, encode, p.x, x, p.depth, p.rows, 1, 1, kRows) ||
-      !make_map<T>(call.weight, encode, p.weight, weight, p.depth, weight_rows, 1, 1, N / kCluster) ||
+      !(Transposed ? make_map<T>(call.weight, encode, p.weight, weight, p.columns, p.depth, 1, 1, kDepth / kCluster)
+                   : make_map<T>(call.weight, encode, p.weight, weight, p.depth, weight_rows, 1, 1, N / kCluster)) ||
       !make_map<T, kBox>(call.out, encode, p.out, out, p.columns, p.rows, 1, 1, 16))
     return kNoMap;
   constexpr int kWide = Gated ? N / 2 : N;
@@ -313,7 +285,7 @@ const char* launch(const GemmProblem& p, cudaStream_t stream) {
   call.activation = (int)p.activation;
   constexpr int kBytes = (int)sizeof(Shared<T, N>) + 1024;
   static Launcher launcher;
-  const auto kernel = gemm_kernel<T, N, Gated>;
+  const auto kernel = gemm_kernel<T, N, Gated, Transposed>;
   cudaError_t error = launcher.prepare(kernel, p.device, kBytes);
   int processors = 0;
   if (error == cudaSuccess)
@@ -325,10 +297,16 @@ const char* launch(const GemmProblem& p, cudaStream_t stream) {
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+template <typename T, int N>
+const char* run(const GemmProblem& p, cudaStream_t stream) {
+  if (!p.gated) return p.transposed ? launch<T, N, false, true>(p, stream) : launch<T, N, false, false>(p, stream);
+  return p.transposed ? kNotTransposed : launch<T, N, true, false>(p, stream);
+}
+
 template <typename T>
 const char* run(const GemmProblem& p, cudaStream_t stream) {
-  if (p.block_n == 128) return p.gated ? launch<T, 128, true>(p, stream) : launch<T, 128, false>(p, stream);
-  if (p.block_n == 192) return p.gated ? launch<T, 192, true>(p, stream) : launch<T, 192, false>(p, stream);
+  if (p.block_n == 128) return run<T, 128>(p, stream);
+  if (p.block_n == 192) return run<T, 192>(p, stream);
   return "block_n must be 128 or 192";
 }
 

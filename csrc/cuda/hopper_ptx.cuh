@@ -120,23 +120,24 @@ __device__ __forceinline__ void write_rows(T (&to)[Chunks][64][64], int first, c
   ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "     \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 
-// d[64 x 2 M] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous.
-template <typename T, int M>
+// d[64 x 2 M] (+)= a b^T, 16 columns deep; both in shared memory, columns contiguous. Transposed: b's rows are.
+template <typename T, bool Transposed = false, int M>
 __device__ __forceinline__ void product_ss(float (&d)[M], uint64_t a, uint64_t b, bool add) {
-#define STOF_SS(n, type, list, ia, ib, iadd, ...)                                                    \
+#define STOF_SS(n, type, list, ia, ib, iadd, itrans, ...)                                            \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " iadd ", 0;\n"                                     \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list              \
-               "}, " ia ", " ib ", p, 1, 1, 0, 0;\n}\n"                                              \
+               "}, " ia ", " ib ", p, 1, 1, 0, " itrans ";\n}\n"                                     \
                : __VA_ARGS__                                                                         \
-               : "l"(a), "l"(b), "r"((int)add))
+               : "l"(a), "l"(b), "r"((int)add), "n"((int)Transposed))
 #define STOF_SS_OF(type)                                                                             \
   if constexpr (M == 32)                                                                             \
-    STOF_SS("64", type, STOF_LIST32, "%32", "%33", "%34", STOF_ACC32(d, 0));                         \
+    STOF_SS("64", type, STOF_LIST32, "%32", "%33", "%34", "%35", STOF_ACC32(d, 0));                  \
   else if constexpr (M == 64)                                                                        \
-    STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", STOF_ACC32(d, 0), STOF_ACC32(d, 32));     \
+    STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", "%67", STOF_ACC32(d, 0),                  \
+            STOF_ACC32(d, 32));                                                                      \
   else                                                                                               \
-    STOF_SS("192", type, STOF_LIST96, "%96", "%97", "%98", STOF_ACC32(d, 0), STOF_ACC32(d, 32),      \
-            STOF_ACC32(d, 64));
+    STOF_SS("192", type, STOF_LIST96, "%96", "%97", "%98", "%99", STOF_ACC32(d, 0),                  \
+            STOF_ACC32(d, 32), STOF_ACC32(d, 64));
   static_assert(M == 32 || M == 64 || M == 96);
   if constexpr (std::is_same_v<T, __half>) {
     STOF_SS_OF("f16");

@@ -66,6 +66,20 @@ __device__ __forceinline__ void send(const float4* x, const float2* y, const uin
 #endif
 }
 
+__device__ __forceinline__ void send(const float4* x, const uint64_t* barrier, int block, float4 a) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n"
+      ".reg .b32 x, barrier;\n"
+      "mapa.shared::cluster.u32 x, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [x], {%3, %4, %5, %6}, [barrier];\n"
+      "}\n" ::"r"(shared_address(x)),
+      "r"(shared_address(barrier)), "r"(block), "f"(a.x), "f"(a.y), "f"(a.z), "f"(a.w)
+      : "memory");
+#endif
+}
+
 // Makes a kernel ready on a device once, and says how it is launched.
 class Launcher {
  public:

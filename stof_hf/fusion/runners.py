@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,17 @@ def _gemm(part: Part, params: Params, shape: Shape) -> Step:
 def _gemm_hopper(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gemm_hopper import Gemm
 
-    call = Gemm(
+    return _by_cuda(Gemm, part, params)
+
+
+def _gemm_split_k(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemm_split_k import ClampedGemm, Gemm
+
+    return _by_cuda(ClampedGemm if "clamp" in part.names else Gemm, part, params)
+
+
+def _by_cuda(kernel: Any, part: Part, params: Params) -> Step:
+    call = kernel(
         part.weight, part.bias, activation=part.activation, gated="gate" in part.names,
         params=params,
     )  # fmt: skip
@@ -359,10 +370,10 @@ def _gemm_default(code: Any, part: Part, rows: int, device: torch.device) -> Par
     return code.default(rows, *part.weight.shape, part.weight.dtype, device, norm=norm)
 
 
-def _takes_hopper(part: Part) -> bool:
-    from .templates.gemm_hopper import serves
+def _takes_cuda(family: str, part: Part) -> bool:
+    from .templates.gemm_cuda import serves
 
-    return _takes(part) and serves(part.weight, gated="gate" in part.names)
+    return _takes(part) and serves(family, part.weight, gated="gate" in part.names)
 
 
 def _hopper_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
@@ -370,6 +381,13 @@ def _hopper_default(code: Any, part: Part, rows: int, device: torch.device) -> P
         raise UnsupportedError(f"tiles of 128 rows and more are not for {rows} rows")
     gated = "gate" in part.names
     return code.default(rows, part.weight.shape[0] // (1 + gated), device, gated=gated)
+
+
+def _split_k_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    if rows > code.ROWS:
+        raise UnsupportedError(f"{rows} rows have tiles enough without a shared depth")
+    gated, (n, k) = "gate" in part.names, part.weight.shape
+    return code.default(rows, n // (1 + gated), k, device, gated=gated)
 
 
 def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
@@ -396,8 +414,14 @@ TEMPLATES: dict[str, Template] = {
         _gemm_fits,
     ),
     "gemm_hopper": Template(
-        _gemm_hopper, _takes_hopper, "gemm_hopper", _hopper_default,
+        _gemm_hopper, partial(_takes_cuda, "gemm"), "gemm_hopper", _hopper_default,
         lambda code, params, part, memory: code.fits(params),
+    ),
+    "gemm_split_k": Template(
+        _gemm_split_k, partial(_takes_cuda, "gemm_split_k"), "gemm_split_k", _split_k_default,
+        lambda code, params, part, memory: code.fits(
+            params, part.weight.shape[1], shared_memory=memory
+        ),
     ),
     "qkv": Template(_qkv, _takes, "qkv", _gemm_default, _gemm_fits),
     "rotary": Template(

@@ -33,7 +33,8 @@ class Family:
 FAMILIES: dict[str, Family] = {
     "hopper": Family(("hopper.cu",), ("sm_90a",), (64, 128)),
     "band": Family(("band.cu",), ("sm_90a",), (64, 128)),
-    "gemm": Family(("gemm.cu",), ("sm_90a",), (None,), seconds=12),
+    "gemm": Family(("gemm.cu",), ("sm_90a",), (None,), seconds=18),
+    "gemm_split_k": Family(("gemm_split_k.cu",), ("sm_90a",), (None,), seconds=12),
     "tiles": Family(
         ("tiles.cu",), ("sm_80", "sm_90", "sm_100", "sm_120", "compute_80"), (None,), (None,)
     ),

@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import UnsupportedError
+from ..kernels.constant import constant_weights
 
 __all__ = ["Recorder", "Recording", "no_collection"]
 
@@ -66,7 +67,8 @@ class Recorder:
     def capture(self, run: Callable[[], Any], device: torch.device) -> Recording:
         """What `run` does on `device`, to be repeated.
 
-        What it reads that was made before has to live as long as the recording.
+        What it reads that was made before has to live as long as the recording. Weights it only
+        reads.
 
         Raises whatever `run` raises, and UnsupportedError where it reads values on the host.
         """
@@ -91,7 +93,7 @@ class Recorder:
                 # A capture that fails to end leaves the side stream as the current one.
                 with (
                     torch.cuda.stream(current), no_collection(), _own_workspace(), captured,
-                    OnDevice(),
+                    OnDevice(), constant_weights(),
                 ):  # fmt: skip
                     outputs = run()
             except BaseException:

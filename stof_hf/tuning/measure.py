@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.constant import constant_weights
 from ..runtime.recorder import no_collection
 
 __all__ = ["Clock", "GraphReplay", "Measurer", "Recorded", "measurer_for", "replaying"]
@@ -132,7 +133,7 @@ class GraphReplay(Measurer):
         # At most half a millisecond a replay; this once, time that the host takes is counted too.
         rounds = max(1, min(50, int(0.5 / max(begin.elapsed_time(end), 1e-3))))
         graph = torch.cuda.CUDAGraph()
-        with no_collection(), torch.cuda.graph(graph):
+        with no_collection(), constant_weights(), torch.cuda.graph(graph):
             for _ in range(rounds):
                 for call in calls:
                     call()

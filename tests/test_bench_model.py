@@ -4,6 +4,7 @@ import json
 import pickle
 import sys
 import types
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import transformers
 
 from stof_hf import StofError
 from stof_hf.bench import model, zoo
+from stof_hf.bench.ceiling import ceiling_ms, products
 
 SMALL = {
     "bert_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
@@ -48,6 +50,7 @@ def test_all_apply_the_same_mask(name):
     data = model.run([cell], contestants=names, device=CPU)
     results = data["cells"][0]["results"]
     assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(names, "ok"), results
+    assert 0 < data["cells"][0]["ceiling_ms"] < 2 * results["sdpa"]["time_ms"]
     assert all(r["time_ms"] > 0 and r["error"] < 1e-5 for r in results.values())
 
 
@@ -55,6 +58,32 @@ def test_a_mask_that_is_not_applied_is_noticed(monkeypatch):
     monkeypatch.setattr(zoo.Problem, "pattern", lambda self: None)
     data = model.run([model.Cell("bert_base", 1, 96)], contestants=["stof"], device=CPU)
     assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
+
+
+def test_products_are_those_of_the_layers():
+    sizes = {}
+    for name in SMALL:
+        problem = zoo.Problem(name, 2, tokens(name), torch.float32, CPU)
+        net = problem.model("sdpa")
+        sizes[name] = products(net, lambda net=net, given=problem.inputs: net(**given))
+    rows = 2 * 96
+    # The pooler sees one token of each.
+    assert sizes["bert_base"] == {
+        (rows, 64, 64): 8,
+        (rows, 96, 64): 2,
+        (rows, 64, 96): 2,
+        (2, 64, 64): 1,
+    }
+    assert sizes["gpt"] == {
+        (rows, 192, 64): 2,
+        (rows, 64, 64): 2,
+        (rows, 256, 64): 2,
+        (rows, 64, 256): 2,
+    }
+    assert sizes["t5"] == {(rows, 64, 64): 24, (rows, 96, 64): 4, (rows, 64, 96): 4}
+    assert sizes["vit_base"][2 * 64, 64, 3 * 16 * 16] == 1
+    one = next(iter(sizes["gpt"]))
+    assert ceiling_ms(Counter({one: 3}), torch.float32, CPU) > 0
 
 
 def test_models_do_not_change_each_other():
@@ -115,7 +144,12 @@ def test_results_are_completed(tmp_path, monkeypatch):
     monkeypatch.setattr(model.tuned, "environment", lambda device: other)
     model.run([cell], contestants=["eager", "sdpa", "stof"], device=CPU, json_path=path)
     then = json.loads(path.read_text())["cells"][0]["results"]
-    assert then["eager"] == first["eager"] and set(then) == {"eager", "sdpa", "stof"}
+    # The fastest peers run again beside ours.
+    assert set(then) == {"eager", "sdpa", "stof"} == {*then["stof"]["peers_ms"], "stof"}
+    assert then["eager"]["time_ms"] == then["stof"]["peers_ms"]["eager"]
+    model.run([cell], contestants=["eager", "sdpa", "stof"], device=CPU, json_path=path)
+    assert json.loads(path.read_text())["cells"][0]["results"] == then
+    assert first["stof"]["peers_ms"] == {n: first[n]["time_ms"] for n in ("eager", "sdpa")}
     assert then["stof"]["sources"] == "another" != first["stof"]["sources"]
     with pytest.raises(StofError, match="no contestant is called 'slow'"):
         model.run([cell], contestants=["slow"], device=CPU)

@@ -127,14 +127,13 @@ def test_defaults_fit():
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"weight": torch.ones(31)}, "norm_weight must be 32 floats"),
+    ({"weight": torch.ones(31, device=DEVICE)}, "norm_weight must be 32 floats"),
     ({"bias": torch.ones(32, device="meta")}, "norm_bias must be 32 floats"),
-    ({"weight": torch.ones(64)[::2]}, r"norm_weight\.contiguous"),
-    ({"weight": torch.ones(32, requires_grad=True)}, "no_grad"),
+    ({"weight": torch.ones(64, device=DEVICE)[::2]}, r"norm_weight\.contiguous"),
+    ({"weight": torch.ones(32, device=DEVICE, requires_grad=True)}, "no_grad"),
 ], ids=lambda v: v if isinstance(v, str) else "")  # fmt: skip
 def test_refuses(change, message):
-    place = {n: t if t.is_meta else t.to(DEVICE) for n, t in change.items()}
-    norm = Norm(**{"weight": torch.ones(32, device=DEVICE), "bias": None, **place}, eps=0, rms=0)
+    norm = Norm(**{"weight": torch.ones(32, device=DEVICE), "bias": None, **change}, eps=0, rms=0)
     x, w = matrix(8, 32), matrix(16, 32)
     for call in (lambda: gemm(x, w, norm=norm), lambda: gated(x, w, w, norm=norm)):
         with pytest.raises(UnsupportedError, match=message):

@@ -19,7 +19,6 @@ namespace stof {
 namespace {
 
 constexpr int kDepth = 64, kMostStages = 8, kMostBytes = 227 << 10;
-constexpr int kAhead = 4;  // units whose residual is loaded at once
 
 struct Call {
   CUtensorMap x, weight;
@@ -27,8 +26,8 @@ struct Call {
   void* out;
   int32_t* overflow;
   int64_t residual_row;
-  int rows, columns, steps, down, split, stages, activation, constant;
-  int share;  // of a tile's units, a block's: 2^share
+  int rows, columns, steps, split, stages, activation, constant;
+  int share, shared_by;  // of a tile's units, a block's, and blocks that share it, as powers of two
 };
 
 // Groups: warpgroups, each with 64 rows of the tile. N: columns of its product.
@@ -58,12 +57,11 @@ struct Part {
   int rank, row, column, begin, count, first, own;
 
   __device__ __forceinline__ explicit Part(const Call& call) {
-    const int tile = blockIdx.x / call.split;
-    rank = blockIdx.x % call.split;
-    row = tile % call.down * S::kRows;
-    column = tile / call.down * (Gated ? N / 2 : N);
-    begin = (int)((int64_t)call.steps * rank / call.split);
-    count = (int)((int64_t)call.steps * (rank + 1) / call.split) - begin;
+    rank = blockIdx.x;
+    row = blockIdx.y * S::kRows;
+    column = blockIdx.z * (Gated ? N / 2 : N);
+    begin = call.steps * rank >> call.shared_by;
+    count = (call.steps * (rank + 1) >> call.shared_by) - begin;
     first = rank << call.share;
     // Warps without a row send nothing.
     const int warps = min(S::kWarps, (call.rows - row + 15) / 16);
@@ -93,9 +91,11 @@ __device__ __forceinline__ void produce(const Call& call, Shared<T, Groups, N>& 
     }
   };
   const int ahead = call.constant ? min(call.stages, part.count) : 0;
+#pragma unroll 1
   for (int k = 0; k < ahead; ++k) load_weight(k, k);
   await_kernels_before();
   int at = 0, parity = 1;
+#pragma unroll 1
   for (int k = 0; k < part.count; ++k) {
     barrier_wait(&s.empty[at], parity);
     if (k >= ahead) load_weight(k, at);
@@ -104,83 +104,91 @@ __device__ __forceinline__ void produce(const Call& call, Shared<T, Groups, N>& 
   }
 }
 
-// Adds what the blocks sent, and stores this block's units of the tile.
+// What is added to a unit: of its two rows.
+struct Addends {
+  uint32_t bias = 0, residual[2] = {};
+};
+
+// Where a warp's unit i lies, and what else belongs to it.
 template <typename T, int Groups, int N, bool Gated>
-__device__ __forceinline__ void finish(const Call& call, Shared<T, Groups, N>& s,
-                                       const Part<T, Groups, N, Gated>& part) {
+struct Unit {
   using S = Shared<T, Groups, N>;
-  constexpr int kPair = Gated ? 2 : 1;
-  const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  const int count = max(0, (part.own / kPair - warp + S::kWarps - 1) / S::kWarps);
-  T* out = static_cast<T*>(call.out);
-  // Of unit i of this warp.
-  auto unit_of = [&](int i) { return (warp + i * S::kWarps) * kPair; };
-  auto row_of = [&](int unit) { return part.row + (part.first + unit) / S::kAcross * 16 + lane / 4; };
-  auto column_of = [&](int unit) {
-    return part.column + (part.first + unit) % S::kAcross / kPair * 8 + lane % 4 * 2;
-  };
-  uint32_t bias[kAhead] = {}, residual[kAhead][2] = {};
-  auto load = [&](int from) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (from + i >= count) continue;
-      const int unit = unit_of(from + i), column = column_of(unit);
-      if (column >= call.columns) continue;
-      if (call.bias) bias[i] = __ldg(static_cast<const uint32_t*>(call.bias) + column / 2);
-      if (!call.residual) continue;
+  static constexpr int kEach = Gated ? 2 : 1;  // a gate's is followed by what it gates
+  int at, row, column;
+
+  __device__ __forceinline__ Unit(const Part<T, Groups, N, Gated>& part, int i) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    at = (warp + i * S::kWarps) * kEach;
+    row = part.row + (part.first + at) / S::kAcross * 16 + lane / 4;
+    column = part.column + (part.first + at) % S::kAcross / kEach * 8 + lane % 4 * 2;
+  }
+
+  __device__ __forceinline__ Addends load(const Call& call, const Part<T, Groups, N, Gated>& part) const {
+    Addends found;
+    if (Gated || at >= part.own || column >= call.columns) return found;
+    if (call.bias) found.bias = __ldg(static_cast<const uint32_t*>(call.bias) + column / 2);
+    if (call.residual) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const int row = row_of(unit) + 8 * r;
-        const T* at = static_cast<const T*>(call.residual) + row * call.residual_row + column;
-        if (row < call.rows) residual[i][r] = *reinterpret_cast<const uint32_t*>(at);
+        const T* from = static_cast<const T*>(call.residual) + (row + 8 * r) * call.residual_row + column;
+        if (row + 8 * r < call.rows) found.residual[r] = *reinterpret_cast<const uint32_t*>(from);
       }
     }
-  };
+    return found;
+  }
+};
+
+// Adds what the blocks sent, and stores this block's units of the tile. Code that runs once is paid for when it is
+// fetched: hence nothing here is unrolled.
+template <typename T, int Groups, int N, bool Gated>
+__device__ __forceinline__ void finish(const Call& call, Shared<T, Groups, N>& s,
+                                       const Part<T, Groups, N, Gated>& part, [[maybe_unused]] Addends add) {
+  using S = Shared<T, Groups, N>;
+  const int lane = threadIdx.x % 32;
   auto act = [&](float x) { return activate(call.activation, x); };
   auto sum = [&](int unit) {
     float4 x = s.sums[unit][lane];
-#pragma unroll 2
+#pragma unroll 1
     for (int block = 1; block < call.split; ++block) {
       const float4 y = s.sums[(block << call.share) + unit][lane];
       x.x += y.x, x.y += y.y, x.z += y.z, x.w += y.w;
     }
     return x;
   };
-  if constexpr (!Gated) load(0);
   if (call.split == 1)
     named_barrier(1, 32 * S::kWarps);
   else
     barrier_wait_cluster(&s.arrived, 0);
   bool infinite = false;
-  for (int from = 0; from < count; from += kAhead) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (from + i >= count) continue;
-      const int unit = unit_of(from + i), row = row_of(unit), column = column_of(unit);
-      float4 x = sum(unit);
-      if constexpr (Gated) {
-        const float4 up = sum(unit + 1);
-        x = make_float4(act(x.x) * up.x, act(x.y) * up.y, act(x.z) * up.z, act(x.w) * up.w);
-      } else {
-        const float2 add = pair_of<T>(bias[i]), top = pair_of<T>(residual[i][0]), low = pair_of<T>(residual[i][1]);
-        x = make_float4(act(x.x + add.x) + top.x, act(x.y + add.y) + top.y, act(x.z + add.x) + low.x,
-                        act(x.w + add.y) + low.y);
-      }
-      if (column >= call.columns) continue;
-      const uint32_t y[2] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w)};
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        if (row + 8 * r >= call.rows) continue;
-        *reinterpret_cast<uint32_t*>(out + (int64_t)(row + 8 * r) * call.columns + column) = y[r];
-        const float2 z = pair_of<T>(y[r]);
-        infinite |= isinf(z.x) || isinf(z.y);
-      }
+#pragma unroll 1
+  for (int i = 0;; ++i) {
+    const Unit<T, Groups, N, Gated> unit(part, i);
+    if (unit.at >= part.own) break;
+    float4 x = sum(unit.at);
+    if constexpr (Gated) {
+      const float4 up = sum(unit.at + 1);
+      x = make_float4(act(x.x) * up.x, act(x.y) * up.y, act(x.z) * up.z, act(x.w) * up.w);
+    } else {
+      if (i > 0) add = unit.load(call, part);
+      const float2 bias = pair_of<T>(add.bias), top = pair_of<T>(add.residual[0]), low = pair_of<T>(add.residual[1]);
+      x = make_float4(act(x.x + bias.x) + top.x, act(x.y + bias.y) + top.y, act(x.z + bias.x) + low.x,
+                      act(x.w + bias.y) + low.y);
     }
-    if constexpr (!Gated) load(from + kAhead);
+    if (unit.column >= call.columns) continue;
+    const uint32_t y[2] = {pack<T>(x.x, x.y), pack<T>(x.z, x.w)};
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = unit.row + 8 * r;
+      if (row >= call.rows) continue;
+      *reinterpret_cast<uint32_t*>(static_cast<T*>(call.out) + (int64_t)row * call.columns + unit.column) = y[r];
+      const float2 z = pair_of<T>(y[r]);
+      infinite |= isinf(z.x) || isinf(z.y);
+    }
   }
   if (call.overflow) {
     infinite = __any_sync(~0u, infinite);
-    if (lane == 0) call.overflow[blockIdx.x * S::kWarps + warp] = infinite;
+    const int block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    if (lane == 0) call.overflow[block * S::kWarps + threadIdx.x / 32] = infinite;
   }
 }
 
@@ -190,8 +198,11 @@ __device__ __forceinline__ void consume(const Call& call, Shared<T, Groups, N>& 
   using S = Shared<T, Groups, N>;
   const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
   typename S::Stage* stages = S::stages();
+  await_kernels_before();
+  const Addends add = Unit<T, Groups, N, Gated>(part, 0).load(call, part);
   float acc[N / 2];
   int at = 0, parity = 0, before = 0;
+#pragma unroll 1
   for (int k = 0; k < part.count; ++k) {
     barrier_wait(&s.full[at], parity);
     wgmma_fence();
@@ -226,8 +237,7 @@ __device__ __forceinline__ void consume(const Call& call, Shared<T, Groups, N>& 
         send(place, &s.arrived, to, sum);
     }
   }
-  await_kernels_before();
-  finish<T, Groups, N, Gated>(call, s, part);
+  finish<T, Groups, N, Gated>(call, s, part, add);
 }
 
 template <typename T, int Groups, int N, bool Gated, bool Transposed>
@@ -281,23 +291,25 @@ const char* launch(const GemmProblem& p, cudaStream_t stream) {
   call.rows = (int)p.rows;
   call.columns = (int)p.columns;
   call.steps = (int)((p.depth + kDepth - 1) / kDepth);
-  call.down = (int)((p.rows + S::kRows - 1) / S::kRows);
   call.split = (int)p.split;
   call.activation = (int)p.activation;
   call.constant = (int)p.constant;
   if (p.split != 1 && p.split != 2 && p.split != 4 && p.split != 8) return "split must be 1, 2, 4 or 8";
+  while (1 << call.shared_by < p.split) ++call.shared_by;
   while (S::kUnits >> call.share > p.split) ++call.share;
   if (p.split > call.steps) return "there are fewer steps than blocks that are to share them";
   const int most = (int)((call.steps + p.split - 1) / p.split);
   call.stages = (int)(p.stages < most ? p.stages : most);
   const int64_t bytes = call.stages * sizeof(typename S::Stage) + sizeof(S) + 1024;
   if (call.stages < 1 || p.stages > kMostStages || bytes > kMostBytes) return "so many stages do not fit";
-  const int64_t blocks = (p.columns + kWide - 1) / kWide * call.down * p.split;
+  const dim3 grid((unsigned)p.split, (unsigned)((p.rows + S::kRows - 1) / S::kRows),
+                  (unsigned)((p.columns + kWide - 1) / kWide));
+  if (grid.y > 65535 || grid.z > 65535) return "rows or columns are more than a grid has blocks";
   static Launcher launcher;
   const auto kernel = gemm_kernel<T, Groups, N, Gated, Transposed>;
   cudaError_t error = launcher.prepare(kernel, p.device, kMostBytes);
   if (error == cudaSuccess)
-    error = launcher.launch(kernel, dim3((unsigned)blocks), 128 * Groups + 32, (int)bytes, call.split, stream, call);
+    error = launcher.launch(kernel, grid, 128 * Groups + 32, (int)bytes, call.split, stream, call);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

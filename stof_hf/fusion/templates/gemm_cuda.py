@@ -125,11 +125,11 @@ class Gemm:
             raise UnsupportedError(f"there is no kernel for {params}: take values of {self.space}")
         self.w, self.bias, self.params, self.columns = w, bias, params, n
         self._run = library(self.family, w.dtype, w.device.index).stof_run
-        transposed = w.stride(1) != 1
+        along = int(w.stride(1) != 1)
         self._problem = Problem(
             weight=w.data_ptr(), bias=None if bias is None else bias.data_ptr(), columns=n,
-            depth=w.shape[1], weight_row=w.stride(int(transposed)), activation=ACTIVATIONS[activation],
-            gated=gated, transposed=transposed, device=w.device.index,
+            depth=w.shape[1], weight_row=w.stride(along), activation=ACTIVATIONS[activation],
+            gated=gated, transposed=along, device=w.device.index,
         )  # fmt: skip
 
     def default(self, m: int) -> dict[str, int]:

@@ -2,7 +2,8 @@
 
 A patch file names the family's layer class and lists, for each submodule that fused kernels may
 take over, the operators it computes in order (norm, projection, rotary, attention, bias, residual,
-activation, ...) and where their parameters live. It holds data and small adapters, never kernels.
+activation, ...) and where their parameters live; so does `embeddings` for the classes in
+`EMBEDDINGS`, where there are any. It holds data and small adapters, never kernels.
 A family that computes attention by code of its own lists functions that take the place of methods
 of its classes, as `METHODS`; see stof_hf/hf/own.py. Adding a model is adding one file here and one
 row to a test.

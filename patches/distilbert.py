@@ -1,10 +1,13 @@
 """DistilBERT: post-norm encoder layers with biases."""
 
-from transformers.models.distilbert.modeling_distilbert import TransformerBlock
+import torch
+from transformers.models.distilbert.modeling_distilbert import Embeddings, TransformerBlock
 
-from stof_hf.fusion.layer import Attention, Layer, Operator, product
+from stof_hf.fusion.embeddings import lookup
+from stof_hf.fusion.layer import Attention, Context, Layer, Operator, product
 
 LAYERS = (TransformerBlock,)
+EMBEDDINGS = (Embeddings,)
 
 
 def layer(module: TransformerBlock) -> Layer:
@@ -22,3 +25,12 @@ def layer(module: TransformerBlock) -> Layer:
         ),
         norm_first=False,
     )  # fmt: skip
+
+
+def embeddings(module: Embeddings) -> Layer:
+    def others(ids: torch.Tensor, context: Context) -> tuple[torch.Tensor, ...]:
+        given = context.position_ids
+        return (module.position_ids[:, : ids.shape[1]] if given is None else given,)
+
+    tables = module.word_embeddings, module.position_embeddings
+    return lookup(tables, module.LayerNorm, others)

@@ -1,11 +1,16 @@
 """ModernBERT: pre-norm encoder layers with rotary embeddings and a gated MLP."""
 
 from torch import nn
-from transformers.models.modernbert.modeling_modernbert import ModernBertEncoderLayer
+from transformers.models.modernbert.modeling_modernbert import (
+    ModernBertEmbeddings,
+    ModernBertEncoderLayer,
+)
 
+from stof_hf.fusion.embeddings import lookup
 from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (ModernBertEncoderLayer,)
+EMBEDDINGS = (ModernBertEmbeddings,)
 
 
 def layer(module: ModernBertEncoderLayer) -> Layer:
@@ -26,3 +31,7 @@ def layer(module: ModernBertEncoderLayer) -> Layer:
         ),
         norm_first=True,
     )  # fmt: skip
+
+
+def embeddings(module: ModernBertEmbeddings) -> Layer:
+    return lookup((module.tok_embeddings,), module.norm)

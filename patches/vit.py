@@ -1,10 +1,12 @@
 """ViT: pre-norm encoder layers with biases."""
 
-from transformers.models.vit.modeling_vit import ViTLayer
+from transformers.models.vit.modeling_vit import ViTLayer, ViTPatchEmbeddings
 
+from stof_hf.fusion.embeddings import patches
 from stof_hf.fusion.layer import Attention, Layer, Operator, product
 
 LAYERS = (ViTLayer,)
+EMBEDDINGS = (ViTPatchEmbeddings,)
 
 
 def layer(module: ViTLayer) -> Layer:
@@ -23,3 +25,7 @@ def layer(module: ViTLayer) -> Layer:
         ),
         norm_first=True,
     )  # fmt: skip
+
+
+def embeddings(module: ViTPatchEmbeddings) -> Layer:
+    return patches(module.projection)

@@ -1,4 +1,4 @@
-"""Compiles norm, gemm_norm or rotary for GPUs that need not be here: one JSON line a launch.
+"""Compiles norm, embed, gemm_norm or rotary for GPUs that need not be here: one JSON line a launch.
 
 Each line is [what was compiled, bytes of shared memory or the error, bytes that there are]. Run by
 the tests of these templates in a process of its own, because kernels that are to be interpreted, as
@@ -13,7 +13,8 @@ import torch
 from compiled_kernel import MEMORY, shared_memory_of
 
 from stof_hf.attention import select
-from stof_hf.fusion.templates import gemm_norm, norm, overflow, rotary
+from stof_hf.fusion.parts import Norm
+from stof_hf.fusion.templates import embed, gemm_norm, norm, overflow, rotary
 from stof_hf.kernels import dependent
 
 HALF, FULL = torch.float16, torch.float32
@@ -31,6 +32,18 @@ def norm_calls(memory):
         extra = {"bias": v, "residual": x, "return_sum": True} if full else {}
         norm.norm(x, v, None if rms else v, eps=1e-5, rms=rms, **extra)
         yield f"{m}x{n} {dtype} {rms=} {full=}"
+
+
+def embed_calls(memory):
+    for (b, s, n), dtype, tables, full in product(
+        ((1, 1, 64), (1, 128, 768), (8, 512, 768), (2, 7, 16384)), (HALF, FULL), (1, 3),
+        (False, True),
+    ):  # fmt: skip
+        table, v = zeros(97, n, dtype=dtype), zeros(n, dtype=FULL if full else dtype)
+        ids = zeros(b, s, dtype=torch.int64 if full else torch.int32)
+        norm = Norm(v, v if full else None, 1e-5, False)
+        embed.embed([table] * tables, [ids, ids[:1], ids[:, :1]][:tables], norm)
+        yield f"{b}x{s}x{n} {dtype} {tables} {full=}"
 
 
 def gemm_norm_calls(memory):
@@ -88,6 +101,7 @@ def overflow_calls(memory):
 if __name__ == "__main__":
     kernel, calls = {
         "norm": (norm.norm_kernel, norm_calls),
+        "embed": (embed.embed_kernel, embed_calls),
         "gemm_norm": (gemm_norm.gemm_norm_kernel, gemm_norm_calls),
         "rotary": (rotary.rotary_kernel, rotary_calls),
         "overflow find": (overflow.find_kernel, overflow_calls),

@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 
+from stof_hf.fusion.install import Found, find
+
 #: For tests of templates on tensors of the CPU.
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="Triton kernels run on the GPU here, not on the CPU"
@@ -81,6 +83,11 @@ def build(name: str, implementation: str = "stof", width: int = 64) -> Any:
             if name.endswith("bias"):
                 parameter.normal_()
     return made
+
+
+def blocks(model: Any) -> list[Found]:
+    """The model's layers without its embeddings."""
+    return [found for found in find(model) if "embeddings" not in found.name]
 
 
 def inputs_of(model: Any, length: int = 50) -> dict[str, torch.Tensor]:

@@ -188,7 +188,8 @@ class Repeating:
 
 def _rows(*shape):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.randn(*shape, dtype=torch.float16, device=device)
+    *sizes, dtype = shape if isinstance(shape[-1], torch.dtype) else (*shape, torch.float16)
+    return torch.randn(*sizes, device=device).to(dtype)
 
 
 WEIGHT, VECTOR = _rows(64, 64), _rows(64)
@@ -210,6 +211,11 @@ TEMPLATES = {
         "rotary_kernel",
         lambda f: lambda x, c, s: f(x, WEIGHT, heads=2, kv_heads=1, cos=c, sin=s),
         (16, 64), (8, 16), (8, 16),
+    ),
+    "embed": (
+        "embed_kernel",
+        lambda f: lambda a, b: f([WEIGHT, WEIGHT], [a, b], NORM),
+        (2, 32, torch.int64), (1, 32, torch.int64),
     ),
     "rotary": (
         "rotary_kernel", lambda f: lambda q, k, c, s: f(q, k, c, s),

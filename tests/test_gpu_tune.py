@@ -15,7 +15,9 @@ from stof_hf.tuning import cache
 
 pytestmark = pytest.mark.gpu
 
-NAMES = ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2", "qwen3", "t5"]
+NAMES = [
+    "bert", "roberta", "distilbert", "gpt2", "llama", "modernbert", "vit", "qwen2", "qwen3", "t5",
+]  # fmt: skip
 each_model = pytest.mark.parametrize("name", NAMES)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 

@@ -73,7 +73,7 @@ def test_images(implementation):
     assert captured(model) == 1
 
 
-@pytest.mark.parametrize("name", ["bert", "modernbert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "modernbert", "gpt2", "llama"])
 def test_replaced_layers_and_patterns(name):
     model, plain = (build(name).to("cuda", torch.float16) for _ in range(2))
     install(find(model))

@@ -54,7 +54,7 @@ def test_tune_on_the_cpu(name):
     want = first(model, inputs)
     report = stof_hf.tune(model, **sizes(name), budget_s=5, progress=False)
     assert report.layers and not report.skipped and not report.interrupted
-    assert sum(layer.count for layer in report.layers) == 2
+    assert sum(layer.count for layer in report.layers) == len(find(model))
     assert report.installed == sum(layer.count for layer in report.layers if layer.kept)
     assert all(segment.template in ("torch", "attention")
                for layer in report.layers for segment in layer.segments)  # fmt: skip
@@ -72,13 +72,14 @@ def test_a_search_on_recorded_times_installs_templates(name, invented):
     inputs = inputs_of(model, 20)
     want = first(model, inputs)
     report = stof_hf.tune(model, **sizes(name), budget_s=20, progress=False)
-    assert report.installed == 2
+    assert report.installed == len(find(model))
     used = {segment.template for layer in report.layers for segment in layer.segments}
     assert used & {"gemm", "gemm_norm", "norm"}
+    assert ("embed" in used) == (name in ("bert", "modernbert"))
     torch.testing.assert_close(first(model, inputs), want, rtol=2e-4, atol=2e-4)
     again = build(name)
     found = stof_hf.apply_tuned(again, strict=True)
-    assert found.installed == 2 and found.measurements == 0
+    assert found.installed == report.installed and found.measurements == 0
     torch.testing.assert_close(first(again, inputs), want, rtol=2e-4, atol=2e-4)
 
 
@@ -110,7 +111,7 @@ def sample(invented):
     model = build("bert")
     call, last = run(model, make_inputs(model, 1, 32, "forward", 0), "forward")
     with torch.no_grad():
-        (sample,) = capture(model, find(model), call, last).values()
+        sample, *_ = capture(model, find(model), call, last).values()
     return sample
 
 
@@ -326,7 +327,7 @@ def test_a_result_of_templates_that_are_gone_is_not_used(invented, monkeypatch):
         )
     with pytest.warns(StofWarning, match="tune again"):
         report = stof_hf.apply_tuned(model)
-    assert report.installed == 0 and len(report.skipped) == 2
+    assert report.installed == 0 and len(report.skipped) == len(find(model))
 
 
 def test_report(tmp_path, invented):

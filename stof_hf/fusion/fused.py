@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import StofWarning, UnsupportedError
 from .guard import Guard, layer_of, refusal
-from .layer import Context, Layer, attention_of, implementation
+from .layer import Context, Layer, attention_of, implementation, matrix
 from .layer_ops import SEGMENTS, Scheme
 from .packing import pack
 from .parts import part_of
@@ -80,8 +80,7 @@ class Weights:
     def _make(self, modules: tuple[nn.Module, ...]) -> tuple[torch.Tensor, torch.Tensor | None]:
         if len(modules) == 1:
             one = modules[0]
-            # Conv1D keeps [K, N].
-            return one.weight if isinstance(one, nn.Linear) else one.weight.detach().mT, one.bias
+            return one.weight if isinstance(one, nn.Linear) else matrix(one).detach(), one.bias
         bias = None if modules[0].bias is None else pack([m.bias for m in modules])
         return pack([m.weight for m in modules]), bias
 
@@ -123,7 +122,7 @@ def steps_of(
 
 def dtype_of(layer: Layer) -> torch.dtype:
     """Of the weights."""
-    return next(op.modules[0].weight.dtype for op in layer.operators if op.name == "gemm")
+    return next(op.modules[0].weight.dtype for op in layer.operators if op.weighs)
 
 
 def runs_on(device: torch.device) -> bool:
@@ -177,7 +176,7 @@ class Fused:
         """Pack weights now, rather than in the first call."""
         self._remake(module, make)
 
-    def run(self, module: nn.Module, make: Any, hidden: torch.Tensor, context: Context) -> Any:
+    def run(self, module: nn.Module, make: Any, given: torch.Tensor, context: Context) -> Any:
         """What the layer returns, or None where its own code has to run."""
         made = self._made
         if made is not None and made.module is not module:
@@ -189,16 +188,19 @@ class Fused:
             return None
         if made.config is not None and implementation(made.config) not in IMPLEMENTATIONS:
             return None
-        key = hidden.shape, hidden.dtype, hidden.device
+        key = given.shape, given.dtype, given.device
         steps = self._plans.get(key, _UNKNOWN)
+        if steps is None or (steps is _UNKNOWN and _capturing()):
+            return None
+        hidden = made.layer.begin(given, context)
+        if hidden is None:
+            return None
         if steps is _UNKNOWN:
-            if _capturing():
-                return None
             if len(self._plans) == _MOST_PLANS:
                 self._plans.clear()
             steps = self._plans[key] = self._plan(module, made, hidden)
-        if steps is None or not made.layer.begin(hidden, context):
-            return None
+            if steps is None:
+                return None
         # Kernels that are prepared launch on the current device.
         if hidden.is_cuda and hidden.device.index != torch.cuda.current_device():
             with torch.cuda.device(hidden.device):
@@ -236,9 +238,10 @@ class Fused:
         return None
 
     def _plan(self, module: nn.Module, made: _Made, hidden: torch.Tensor) -> list[Step] | None:
-        if hidden.ndim != 3 or not hidden.numel():
+        if not hidden.numel():
             return None
-        if hidden.dtype != self.dtype:
+        # Ids have a dtype of their own.
+        if hidden.dtype != self.dtype and made.layer.names[0] != "embed":
             return None
         choice = self.nearest(hidden.shape[0] * hidden.shape[1])
         if choice is None:
@@ -259,7 +262,7 @@ def _through(steps: list[Step], hidden: torch.Tensor, context: Context) -> torch
     )
     for step in steps:
         rows, residual = step(rows, residual, context)
-    return rows.view(shape)
+    return rows.view(*shape[:2], -1)
 
 
 def _capturing() -> bool:

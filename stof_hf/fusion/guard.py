@@ -96,8 +96,9 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
     for operator in layer.operators:
         for inner in operator.modules:
             name = names.get(id(inner), type(inner).__name__)
-            if operator.projects and type(inner) not in (nn.Linear, Conv1D):
-                return f"{name} is a {type(inner).__name__}, not nn.Linear"
+            known = (nn.Linear, Conv1D, nn.Conv2d) if operator.projects else (nn.Embedding,)
+            if operator.weighs and type(inner) not in known:
+                return f"{name} is a {type(inner).__name__}, not nn.{known[0].__name__}"
             mine = [(f"{name}.{key}", p) for key, p in inner._parameters.items() if p is not None]
             if reason := next(filter(None, (_unlike(*each) for each in mine)), None):
                 return reason
@@ -108,7 +109,7 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
                 return "of projections side by side, some have a bias and some do not"
             if len(operator.modules) > 1 and (reason := _packable(operator.modules, names, tied)):
                 return reason
-    weights = [(name, p) for name, p in used if p.ndim == 2]
+    weights = [(name, p) for name, p in used if p.ndim >= 2]
     for name, parameter in weights:
         first = weights[0][1]
         if (parameter.dtype, parameter.device) != (first.dtype, first.device):

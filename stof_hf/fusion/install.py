@@ -37,7 +37,8 @@ _MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddin
 _BIAS = "position_bias"
 _ENCODER, _CROSS_MASK = "encoder_hidden_states", "encoder_attention_mask"
 _CROSS_BIAS = "encoder_decoder_position_bias"
-_IGNORED = frozenset(("position_ids", "use_cache", "cache_position", "output_attentions"))
+_POSITIONS, _TYPES, _PAST = "position_ids", "token_type_ids", "past_key_values_length"
+_IGNORED = frozenset(("use_cache", "cache_position", "output_attentions"))
 
 
 @cache
@@ -46,6 +47,8 @@ def _patches() -> dict[type[nn.Module], Callable[[nn.Module], Layer]]:
     for name in FAMILIES:
         patch = importlib.import_module(f"stof_hf.patches.{name}")
         found |= dict.fromkeys(patch.LAYERS, patch.layer)
+        if hasattr(patch, "EMBEDDINGS"):
+            found |= dict.fromkeys(patch.EMBEDDINGS, patch.embeddings)
     return found
 
 
@@ -80,10 +83,11 @@ class Found:
 
 
 def find(model: nn.Module) -> list[Found]:
-    """Every layer of a model that a patch knows, replaced or not."""
+    """Every layer of a model that a patch knows, replaced or not; what embeds comes last."""
     holders = Counter(id(p) for m in model.modules() for p in m._parameters.values())
     tied = {place for place, count in holders.items() if count > 1}
-    return [_look_at(name, m, tied) for name, m in model.named_modules() if patch_of(m)]
+    found = [_look_at(name, m, tied) for name, m in model.named_modules() if patch_of(m)]
+    return sorted(found, key=lambda each: each.layer is not None and each.layer.enter is not None)
 
 
 def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
@@ -122,6 +126,12 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
             context.cross_mask = value
         elif name == _CROSS_BIAS:
             context.cross_bias = value
+        elif name == _POSITIONS:
+            context.position_ids = value
+        elif name == _TYPES:
+            context.token_type_ids = value
+        elif name == _PAST:
+            context.past = value
         else:
             return None
     return context
@@ -130,34 +140,35 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
 class _Replaced:
     """Stands in front of a layer's class."""
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         # Nothing else is traced: graphs are made of the layer's own code.
-        if not torch.compiler.is_compiling() and not self.training and _may_fuse(hidden_states):
-            out = self._fused(hidden_states, args, kwargs)
+        if not torch.compiler.is_compiling() and not self.training:
+            out = self._fused(args, kwargs)
             if out is not None:
                 return out
-        return type(self).replaced.forward(self, hidden_states, *args, **kwargs)
+        return type(self).replaced.forward(self, *args, **kwargs)
 
-    def _fused(
-        self, hidden_states: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         cls, fused = type(self), self.__dict__.get("_stof_fused")
-        if args:
-            kwargs = kwargs | dict(zip(_positional(cls), args, strict=False))
-        context = context_of(kwargs)
-        if fused is None or context is None:
+        names = positional(cls.replaced)
+        rest = kwargs | dict(zip(names, args, strict=False))
+        given = rest.pop(names[0], None)
+        if fused is None or given is None or not _may_fuse(given):
             return None
-        return fused.run(self, _patches()[cls.replaced], hidden_states, context)
+        context = context_of(rest)
+        if context is None:
+            return None
+        return fused.run(self, _patches()[cls.replaced], given, context)
 
     def __reduce_ex__(self, protocol: int) -> Any:
         # Classes made at run time have no name to be found by.
         return _again, (type(self).replaced, self.__getstate__())
 
 
-def _may_fuse(hidden_states: torch.Tensor) -> bool:
+def _may_fuse(given: torch.Tensor) -> bool:
     """Whether nobody needs gradients, casts, graphs, or what modules inside of layers return."""
     if (
-        torch.is_grad_enabled() or torch.is_autocast_enabled(hidden_states.device.type)
+        torch.is_grad_enabled() or torch.is_autocast_enabled(given.device.type)
         or torch.jit.is_tracing()
     ):  # fmt: skip
         return False
@@ -181,9 +192,9 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 @cache
-def _positional(cls: type[nn.Module]) -> tuple[str, ...]:
-    """Names of what a layer takes behind its rows."""
-    return tuple(inspect.signature(cls.replaced.forward).parameters)[2:]
+def positional(cls: type[nn.Module]) -> tuple[str, ...]:
+    """Names of what a layer takes, in their order."""
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 def install(

@@ -27,7 +27,7 @@ class Operator:
     Args:
         modules: of a product and its bias, the projections whose results stand side by side; of
             cross attention, those of keys and values; of a norm, the module; of a head norm, those
-            of queries and keys.
+            of queries and keys; of an embedding, its tables.
         function: the activation of "act" and "gate".
         attention: of "attention", "cross attention", "rotary" and "head norm".
     """
@@ -36,6 +36,11 @@ class Operator:
     modules: tuple[nn.Module, ...] = ()
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
     attention: Attention | None = None
+
+    @property
+    def weighs(self) -> bool:
+        """Whether its modules hold matrices."""
+        return self.projects or self.name == "embed"
 
     @property
     def projects(self) -> bool:
@@ -67,6 +72,8 @@ class Context:
 
     Args:
         encoder: [B, Sk, N], the encoder's rows, and cross_*: what belongs to the attention to them.
+        position_ids, token_type_ids, past: what embeddings are given, and the tokens before them;
+            ids: of all tables but the first, [1 or B, 1 or S].
         caches: where there are two in one, of which `cache` is that of self-attention.
     """
 
@@ -78,6 +85,10 @@ class Context:
     encoder: torch.Tensor | None = None
     cross_mask: Any = None
     cross_bias: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    past: Any = None
+    ids: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass
@@ -100,19 +111,32 @@ class Layer:
             bias, that of cross attention) as T5's do.
         position_bias: (rows, context) -> the position bias, where the layer is to compute it and
             none is given; None where it cannot.
+        enter: (what the layer is called with, context) -> rows, where these are not the same; None
+            where the operators do not compute the call.
     """
 
     operators: tuple[Operator, ...]
     norm_first: bool
     returns_biases: bool = False
     position_bias: Callable[[torch.Tensor, Context], torch.Tensor | None] | None = None
+    enter: Callable[[torch.Tensor, Context], torch.Tensor | None] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(operator.name for operator in self.operators)
 
-    def begin(self, rows: torch.Tensor, context: Context) -> bool:
-        """Whether the operators compute a call; the context has its position bias then."""
+    def begin(self, given: torch.Tensor, context: Context) -> torch.Tensor | None:
+        """Rows [B, S, N] of what the layer is called with; the context has its position bias then.
+
+        None where the operators do not compute the call.
+        """
+        if self.enter is not None:
+            return self.enter(given, context)
+        if given.ndim != 3 or context.token_type_ids is not None or context.past is not None:
+            return None
+        return given if self._attends(given, context) else None
+
+    def _attends(self, rows: torch.Tensor, context: Context) -> bool:
         crosses = "cross attention" in self.names
         if crosses != (context.encoder is not None):
             return False
@@ -126,6 +150,8 @@ class Layer:
         """One operator, as PyTorch has it."""
         rows, residual = state.rows, state.residual
         match operator.name:
+            case "embed":
+                rows = residual = look_up(rows.squeeze(-1), operator, context)
             case "gemm":
                 rows = F.linear(rows, packed_weight(operator.modules))
             case "bias":
@@ -154,10 +180,29 @@ class Layer:
         return Rows(rows, residual)
 
 
+def matrix(projection: nn.Module) -> torch.Tensor:
+    """[N, K] of a projection, a view."""
+    weight = projection.weight
+    if isinstance(projection, nn.Conv2d):
+        return weight.view(len(weight), -1)
+    # Conv1D keeps [K, N].
+    return weight if isinstance(projection, nn.Linear) else weight.mT
+
+
+def look_up(ids: torch.Tensor, operator: Operator, context: Context) -> torch.Tensor:
+    """[B, S, N]: rows of tables, added up."""
+    out, *others = (
+        F.embedding(at, table.weight)
+        for at, table in zip((ids, *context.ids), operator.modules, strict=True)
+    )
+    for other in others:
+        out = out + other
+    return out
+
+
 def packed_weight(modules: tuple[nn.Module, ...]) -> torch.Tensor:
     """[N, K] of projections side by side."""
-    # Conv1D keeps [K, N].
-    weights = [m.weight if isinstance(m, nn.Linear) else m.weight.mT for m in modules]
+    weights = [matrix(m) for m in modules]
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 

@@ -18,6 +18,7 @@ __all__ = ["OPERATORS", "SEGMENTS", "Scheme", "schemes"]
 
 #: What each operator does to the rows [B * S, N] that come in.
 OPERATORS = {
+    "embed": "looks rows up by ids, [B * S, 1], in tables, and adds them up",
     "norm": "LayerNorm or RMSNorm",
     "gemm": "product with a weight, or with packed ones (queries, keys, values; gate and up)",
     "bias": "adds the bias of the product in front",
@@ -38,6 +39,8 @@ SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("cross attention",): ("cross attention",),
     ("clamp",): ("overflow", "torch"),
     **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual", "head norm")},
+    ("embed",): ("torch",),
+    ("embed", "norm"): ("embed", "torch"),
     ("norm",): ("norm", "torch"),
     ("rotary",): ("rotary", "torch"),
     ("residual", "norm"): ("norm", "torch"),

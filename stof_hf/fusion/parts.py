@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .layer import Attention, Layer, Operator
+from .layer import Attention, Layer, Operator, matrix
 
 __all__ = ["Norm", "Part", "activation_name", "kind", "norm_of", "part_of"]
 
@@ -104,10 +104,12 @@ def text_of(operators: tuple[Operator, ...], norm_first: bool) -> str:
 
 def _text(operator: Operator) -> str:
     name, modules = operator.name, operator.modules
+    if name == "embed":
+        count = "+".join(str(len(m.weight)) for m in modules)
+        return f"embed[{count} x {modules[0].weight.shape[1]}]"
     if name == "gemm":
-        # Conv1D keeps [K, N].
-        layout = "" if isinstance(modules[0], nn.Linear) else " transposed"
-        size = ((m.weight if isinstance(m, nn.Linear) else m.weight.mT).shape for m in modules)
+        layout = "" if isinstance(modules[0], nn.Linear | nn.Conv2d) else " transposed"
+        size = (matrix(m).shape for m in modules)
         rows, columns = zip(*size, strict=True)
         return f"gemm[{'+'.join(map(str, rows))} x {columns[0]}{layout}]"
     if name == "norm":

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import UnsupportedError
-from .layer import Context, attend, attend_encoder, clamp, norm_heads, rotate
+from .layer import Context, attend, attend_encoder, clamp, look_up, norm_heads, rotate
 from .parts import Part
 
 __all__ = ["IMPLEMENTATIONS", "TEMPLATES", "Params", "Step", "Template"]
@@ -164,6 +164,19 @@ def _norm(part: Part, params: Params, shape: Shape) -> Step:
     return _normed(part, norm, params)
 
 
+def _embed(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.embed import embed
+
+    tables, norm = [table.weight for table in part.operators[0].modules], part.norm
+    call = _prepared(lambda *ids: embed(tables, ids, norm, params=params), checked=len(tables))
+
+    def step(rows, residual, context):
+        out = call(rows.view(shape), *context.ids)
+        return out, out
+
+    return step
+
+
 def _gemm_norm(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.gemm_norm import gemm_norm
 
@@ -256,6 +269,16 @@ def _torch(part: Part, params: Params, shape: Shape) -> Step:
     return all_of
 
 
+def _embed_torch(part: Part, shape: Shape) -> Step:
+    (operator,) = part.operators[:1]
+
+    def step(rows, residual, context):
+        out = look_up(rows.view(shape), operator, context).flatten(0, 1)
+        return out, out
+
+    return step
+
+
 def _linear(part: Part, _: Shape) -> Step:
     weight, bias = part.weight, part.bias
     return lambda rows, residual, _: (F.linear(rows, weight, bias), residual)
@@ -346,6 +369,7 @@ _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
     ("residual",): _residual,
     ("clamp",): _clamp,
     ("norm",): _norm_torch,
+    ("embed",): _embed_torch,
     ("head norm",): _head_norm,
     ("rotary",): _rotary_torch,
 }
@@ -356,6 +380,23 @@ def _takes(part: Part) -> bool:
     known = part.names[0] != "norm" or (part.norm is not None and part.norm_first)
     clamped = "clamp" not in part.names or part.weight.dtype == torch.float16
     return known and clamped and part.activation is not None
+
+
+def _takes_norm(part: Part) -> bool:
+    return part.norm is not None and len(part.norm.weight) <= 16384
+
+
+def _takes_embed(part: Part) -> bool:
+    tables = part.operators[0].modules
+    return len(tables) <= 3 and all(t.weight.is_contiguous() for t in tables) and _takes_norm(part)
+
+
+def _norm_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    return code.default(rows, len(part.norm.weight), device)
+
+
+def _norm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
+    return code.fits(params, len(part.norm.weight), shared_memory=memory)
 
 
 def _in_front(part: Part, rows: int) -> bool:
@@ -433,13 +474,8 @@ TEMPLATES: dict[str, Template] = {
             params, part.attention.head_dim, shared_memory=memory
         ),
     ),
-    "norm": Template(
-        _norm, lambda part: part.norm is not None and len(part.norm.weight) <= 16384, "norm",
-        lambda code, part, rows, device: code.default(rows, len(part.norm.weight), device),
-        lambda code, params, part, memory: code.fits(
-            params, len(part.norm.weight), shared_memory=memory
-        ),
-    ),
+    "norm": Template(_norm, _takes_norm, "norm", _norm_default, _norm_fits),
+    "embed": Template(_embed, _takes_embed, "embed", _norm_default, _norm_fits),
     "gemm_norm": Template(
         _gemm_norm, lambda part: part.norm is not None and len(part.norm.weight) <= 1024,
         "gemm_norm",

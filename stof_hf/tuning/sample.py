@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from torch import nn
 
 from ..errors import StofError, UnsupportedError
 from ..fusion.fused import Choice, Weights, steps_of
-from ..fusion.install import Found, context_of, original_class
+from ..fusion.install import Found, context_of, original_class, positional
 from ..fusion.layer import Context, Rows, attention_of, implementation
 from ..fusion.parts import Part, part_of
 from ..fusion.runners import TEMPLATES, Params
@@ -47,11 +46,13 @@ class Sample:
 
     Args:
         layers: all of the kind.
-        hidden: [B, S, N]. kwargs: the rest of the call, with caches that do not grow.
+        given: their first argument. hidden: the rows [B, S, N] that it stands for.
+        kwargs: the rest of the call, with caches that do not grow.
     """
 
     kind: str
     layers: list[Found]
+    given: torch.Tensor
     hidden: torch.Tensor
     kwargs: dict[str, Any]
     context: Context
@@ -62,7 +63,7 @@ class Sample:
         cache = self.context.cache
         #: Keys that a query may see.
         self.tokens = self.shape[1] if cache is None else cache.keys.shape[2]
-        self.layer = self.layers[0].layer
+        self.layer, self.dtype = self.layers[0].layer, self.layers[0].dtype
         self.weights = [Weights.of(found.layer) for found in self.layers[:_MOST_LAYERS]]
         self._parts: dict[tuple[int, int], Part] = {}
         self._copies: dict[int, list[torch.Tensor]] = {}
@@ -136,7 +137,7 @@ class Sample:
             size = f"{self.shape[0]} x {self.shape[1]}"
         if part.names in (("attention",), ("cross attention",)):
             size += self._attended
-        return f"[{part.text}] {size} {_name(self.hidden.dtype)}"
+        return f"[{part.text}] {size} {_name(self.dtype)}"
 
     def try_once(self, bounds: tuple[int, int], template: str, params: Params) -> Any:
         """Run a segment, which compiles what it runs."""
@@ -148,7 +149,7 @@ class Sample:
         """The same for a whole layer; None is its own code."""
         size = f"{self.shape[0]} x {self.shape[1]}{self._attended}"
         what = "own code" if choice is None else f"{choice.scheme} {list(choice.segments)}"
-        return f"{self.kind} {what} {size} {_name(self.hidden.dtype)}"
+        return f"{self.kind} {what} {size} {_name(self.dtype)}"
 
     def calls(
         self, bounds: tuple[int, int], template: str, params: Params
@@ -188,22 +189,23 @@ class Sample:
         Raises:
             StofError: a layer computes something else than its own code.
         """
-        calls, rows = [], self.hidden.flatten(0, 1)
+        calls = []
         for found, weights in zip(self.layers, self.weights, strict=False):
             own = original_class(found.module).forward
             if choice is None:
-                calls.append(lambda own=own, m=found.module: own(m, self.hidden, **self.kwargs))
+                calls.append(lambda own=own, m=found.module: own(m, self.given, **self.kwargs))
                 continue
             steps = steps_of(found.layer, choice, weights, self.shape, self.hidden.device)
 
-            def call(steps=steps):
+            def call(steps=steps, layer=found.layer):
+                rows = layer.begin(self.given, self.context).flatten(0, 1)
                 state = rows, rows
                 for step in steps:
                     state = step(*state, self.context)
                 return state[0]
 
             if not calls:
-                want = own(found.module, self.hidden, **self.kwargs)
+                want = own(found.module, self.given, **self.kwargs)
                 want = want[0] if isinstance(want, tuple) else want
                 _check(call().view_as(want), want, f"the fused {self.kind}")
             calls.append(call)
@@ -256,7 +258,7 @@ def capture(
             found = by_module[module]
             if found.name in seen and not last:
                 return
-            given = dict(zip(_names(original_class(module)), args, strict=False)) | kwargs
+            given = dict(zip(positional(original_class(module)), args, strict=False)) | kwargs
             cache = _cache_of(given)
             if cache is not None and not isinstance(vars(cache).get("update"), _Recorder):
                 cache.update = _Recorder(cache.update)
@@ -284,28 +286,26 @@ def capture(
 
 
 def _sample(kind: str, layers: list[Found], call: dict[str, Any]) -> Sample | None:
-    hidden, *_ = _names(original_class(layers[0].module))
-    kwargs = {name: value for name, value in call.items() if name != hidden}
+    first, *_ = positional(original_class(layers[0].module))
+    kwargs = {name: value for name, value in call.items() if name != first}
     attention = attention_of(layers[0].layer)
     if attention is not None and (cache := _cache_of(kwargs)) is not None:
         kwargs["past_key_values"] = _Frozen(*cache.update.results[attention.module.layer_idx])
-    context, rows = context_of(kwargs), call[hidden]
-    if context is None or not layers[0].layer.begin(rows, context):
+    context, given = context_of(kwargs), call.get(first)
+    if context is None or given is None:
+        return None
+    hidden = layers[0].layer.begin(given, context)
+    if hidden is None:
         return None
     if layers[0].layer.returns_biases:
         kwargs["position_bias"] = context.position_bias
-    return Sample(kind, layers, rows, kwargs, context)
+    return Sample(kind, layers, given, hidden, kwargs, context)
 
 
 def _cache_of(call: dict[str, Any]) -> Any:
     """The cache of self-attention; decoders with cross-attention have two in one."""
     cache = call.get("past_key_values")
     return getattr(cache, "self_attention_cache", cache)
-
-
-def _names(cls: type[nn.Module]) -> tuple[str, ...]:
-    """What a layer takes, its rows first."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
 
 class _Recorder:

@@ -14,10 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import StofError
 from ..fusion.fused import Choice
+from ..fusion.layer import matrix
 from ..fusion.layer_ops import SEGMENTS, Scheme, schemes
 from ..fusion.runners import TEMPLATES, Params
 from .measure import Measurer
@@ -256,11 +255,10 @@ def _columns(sample: Sample) -> Iterator[int]:
     width = sample.hidden.shape[-1]
     for operator in sample.layer.operators:
         yield width
-        if operator.name == "gemm":
-            width = sum(
-                m.weight.shape[0] if isinstance(m, torch.nn.Linear) else m.weight.shape[1]
-                for m in operator.modules
-            )
+        if operator.name == "embed":
+            width = operator.modules[0].weight.shape[1]
+        elif operator.name == "gemm":
+            width = sum(matrix(m).shape[0] for m in operator.modules)
         elif operator.name == "gate":
             width //= 2
         elif operator.name in ("attention", "cross attention"):

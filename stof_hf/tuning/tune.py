@@ -44,7 +44,7 @@ def tune(
     progress: bool = True,
     seed: int = 0,
 ) -> TuneReport:
-    """Search how a model's layers are computed fastest here, keep that, and install it.
+    """Search how a model's layers and embeddings are computed fastest, keep that, and install it.
 
     Layers are replaced in place: outputs agree within rounding, parameters, state_dict and what
     is saved stay what they were (query, key and value weights become views of one tensor, the
@@ -276,7 +276,7 @@ def _store(
         baseline_us=sum(each.count * each.baseline_us for _, _, each in found.values()),
     )
     key = Key.of(
-        model.config, sample.shape[0], sample.tokens, phase=phase, dtype=sample.hidden.dtype,
+        model.config, sample.shape[0], sample.tokens, phase=phase, dtype=sample.dtype,
         mask=sample.mask,
     )  # fmt: skip
     cache.store(key, entry, cache.environment(sample.hidden.device))

@@ -15,7 +15,7 @@ import test_fusion_gemm  # noqa: E402
 import test_fusion_norm  # noqa: E402
 import test_fusion_qkv  # noqa: E402
 from gemms import DEVICE, PARAMS, assert_compiles, assert_near, dtypes, matrix, sizes  # noqa: E402
-from layers import build, first, inputs_of  # noqa: E402
+from layers import blocks, build, first, inputs_of  # noqa: E402
 
 from stof_hf.fusion.fused import Choice, Weights, steps_of  # noqa: E402
 from stof_hf.fusion.install import find, in_use, install  # noqa: E402
@@ -149,7 +149,7 @@ def test_layers(name):
     inputs = {key: value.to(DEVICE) for key, value in inputs_of(model, 20).items()}
     want = first(model, inputs)
     choices = {}
-    for found in find(model):
+    for found in blocks(model):
         if found.reason is not None:
             continue
         names = found.layer.names
@@ -161,7 +161,7 @@ def test_layers(name):
             for segment in scheme.segments
         }
         choices[found.kind] = {1: Choice.of(scheme, runs)}
-    assert install(find(model), choices)
+    assert install(blocks(model), choices)
     # On a GPU, the second call repeats launches.
     for _ in range(2):
         torch.testing.assert_close(first(model, inputs), want, rtol=2e-4, atol=2e-4)

@@ -184,6 +184,19 @@ def test_cudnn_gets_rows_that_its_copies_can_read(monkeypatch):
         assert (call is not None) == asked
 
 
+def test_cudnn_reads_the_largest_caches():
+    def ahead(batch, rows, cached):
+        q, k = (
+            torch.empty(batch, heads, n, 128, dtype=torch.bfloat16, device="meta")
+            for heads, n in ((32, rows), (8, cached))
+        )
+        mask = SparseMask.from_pattern(patterns.Full(), rows, cached)
+        return select.cudnn_is_ahead(q, k, mask, causal=False)
+
+    assert ahead(16, 1, 32768) and ahead(64, 1, 8192)
+    assert not ahead(16, 1, 8192) and not ahead(1, 1, 32768) and not ahead(16, 2, 32768)
+
+
 def test_cudnn_is_asked_even_where_no_kernel_builds(monkeypatch):
     def none():
         raise BuildError("no C++ compiler found")

@@ -421,6 +421,7 @@ def bench_model(
         str | None, typer.Option(help="Such as sdpa,tuned; all by default.")
     ] = None,
     budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 60,
+    jobs: Annotated[int, typer.Option(help="Cells that are prepared side by side.")] = 1,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
@@ -428,8 +429,8 @@ def bench_model(
 ) -> None:
     """Time whole models: Transformers, torch.compile, Liger-Kernel and ours, under one mask.
 
-    Each cell runs in a process of its own. The exit status is 1 where a contestant raised or
-    computed something else.
+    Each cell runs in a process of its own; several may compile at once, and one at a time measures.
+    The exit status is 1 where a contestant raised or computed something else.
     """
     from .bench import model
     from .bench.attention import default_device
@@ -453,8 +454,9 @@ def bench_model(
 
     where = default_device(device)
     data = model.run_apart(
-        chosen, where, progress, contestants=names, budget_s=budget_s, json_path=json_path
-    )
+        chosen, where, progress, jobs=jobs, contestants=names, budget_s=budget_s,
+        json_path=json_path,
+    )  # fmt: skip
     console.print(model.table(data))
     if failed:
         raise typer.Exit(1)

@@ -1,5 +1,6 @@
 """`stof bench model` on models that are small enough for a CPU."""
 
+import contextlib
 import json
 import pickle
 import sys
@@ -11,7 +12,7 @@ import torch
 import transformers
 
 from stof_hf import StofError
-from stof_hf.bench import model, zoo
+from stof_hf.bench import model, turns, zoo
 from stof_hf.bench.ceiling import ceiling_ms, products
 
 SMALL = {
@@ -173,6 +174,48 @@ def test_each_cell_runs_in_a_process_of_its_own(tmp_path):
         contestants=["sdpa"], json_path=tmp_path / "model.json",
     )  # fmt: skip
     assert data["cells"][0]["results"]["sdpa"]["status"] == "ok" and len(seen) == 1
+
+
+def test_processes_fill_one_table(tmp_path):
+    path, seen = tmp_path / "model.json", []
+    cells = [model.Cell("vit_base", batch, 17) for batch in (1, 2)]
+    data = model.run_apart(
+        cells, CPU, lambda cell, record: seen.append(cell), jobs=2, contestants=["sdpa"],
+        json_path=path,
+    )  # fmt: skip
+    assert [model.Cell(**record["cell"]) for record in data["cells"]] == cells
+    assert sorted(seen, key=lambda cell: cell.batch) == cells
+    kept = {record["cell"]["batch"]: record for record in json.loads(path.read_text())["cells"]}
+    assert kept == {record["cell"]["batch"]: record for record in data["cells"]}
+
+
+def test_torch_compile_times_candidates_in_turns(monkeypatch):
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+    taken = []
+
+    @contextlib.contextmanager
+    def turn(device):
+        taken.append(device)
+        yield
+
+    def choose(cls, choices):
+        return sorted(choices)
+
+    monkeypatch.setattr(turns, "turn", turn)
+    # As torch has them: one of the class, one of an object.
+    assert isinstance(vars(AlgorithmSelectorCache)["benchmark_choices"], classmethod)
+    monkeypatch.setattr(AlgorithmSelectorCache, "benchmark_choices", classmethod(choose))
+    monkeypatch.setattr(CachingAutotuner, "bench", lambda self, launcher: launcher)
+    turns.autotune_in_turn.__wrapped__(CPU)
+    assert AlgorithmSelectorCache.benchmark_choices([2, 1]) == [1, 2]
+    assert CachingAutotuner.bench(None, 3) == 3 and taken == [CPU, CPU]
+
+
+def test_turns_may_be_nested(tmp_path):
+    with turns.file_lock(tmp_path / "x"), turns.file_lock(tmp_path / "x"), turns.turn(CPU):
+        pass
 
 
 def test_the_grid():

@@ -257,8 +257,9 @@ def cudnn_is_ahead(
 ) -> bool:  # fmt: skip
     """Whether cuDNN computes a causal mask, or none, in less time than the kernels of this package.
 
-    A single query reads keys and values, and does nothing else that takes time. Causal launches of about 0.8 ms and more draw all the power that the GPU may take, of which
-    cuDNN makes more than a kernel that reads a mask.
+    A single query reads keys and values, and does nothing else that takes time. Causal launches of
+    about 0.8 ms and more draw all the power that the GPU may take, of which cuDNN makes more than a
+    kernel that reads a mask.
 
     Args:
         band: of the mask, where the band kernel computes such calls.

@@ -1,7 +1,7 @@
 """Whole models: a forward as Transformers, torch.compile, Liger-Kernel and this package compute it.
 
 Contestants of a cell take turns in one process. Every call is timed as a user calls it, host time
-included: that is what decides small shapes.
+included: that is what decides small shapes. Several processes may fill one table.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..tuning import environment as tuned
 from .attention import FORMAT, describe, environment, load, save
 from .ceiling import ceiling_ms, products
 from .timing import host_time_us
+from .turns import autotune_in_turn, file_lock, turn
 from .zoo import ZOO, Problem, shapes_of
 
 __all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
@@ -116,18 +118,11 @@ def run(
             f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
         )
     here, sources = environment(device), tuned.environment(device).sources
-    data = load(json_path) if json_path is not None and json_path.exists() else None
-    if data is None:
-        data = {"format": FORMAT, **here, "cells": []}
-    elif data["device"] != here["device"] or data["versions"] != here["versions"]:
-        raise StofError(f"{json_path} holds results of other versions or of another device")
-    known = {Cell(**record["cell"]): record for record in data["cells"]}
+    data = {"format": FORMAT, **here, "cells": []}
+    known = _records(_kept(json_path, data))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     for cell in chosen:
-        record = known.get(cell)
-        if record is None:
-            record = {"cell": asdict(cell), "results": {}}
-            data["cells"].append(record)
+        record = known.get(cell) or {"cell": asdict(cell), "results": {}}
         results = record["results"]
         missing = [n for n in names if CONTESTANTS[n].takes(cell.model)]
         missing = [
@@ -140,9 +135,34 @@ def run(
             results |= _measure(cell, chosen_here, dtype, device, budget_s, sources)
         if missing or "ceiling_ms" not in record:
             problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
-            record["ceiling_ms"] = round(_ceiling(problem), 4)
-            save(data, json_path)
+            with turn(device):
+                record["ceiling_ms"] = round(_ceiling(problem), 4)
+        data = _keep(record, json_path, data)
     return data
+
+
+def _kept(path: Path | None, empty: dict[str, Any]) -> dict[str, Any]:
+    """What a file holds; raises StofError where that is of another device or other versions."""
+    if path is None or not path.exists():
+        return empty
+    data = load(path)
+    if any(data[name] != empty[name] for name in ("device", "versions")):
+        raise StofError(f"{path} holds results of other versions or of another device")
+    return data
+
+
+def _keep(record: dict[str, Any], path: Path | None, data: dict[str, Any]) -> dict[str, Any]:
+    """All results with a cell's, which other processes may have added to meanwhile."""
+    with file_lock(path) if path is not None else nullcontext():
+        cells = _records(data if path is None else _kept(path, {**data, "cells": []}))
+        cells[Cell(**record["cell"])] = record
+        data = {**data, "cells": list(cells.values())}
+        save(data, path)
+    return data
+
+
+def _records(data: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
+    return {Cell(**record["cell"]): record for record in data["cells"]}
 
 
 def _fastest(results: dict[str, Any], count: int) -> list[str]:
@@ -160,17 +180,30 @@ def _ceiling(problem: Problem) -> float:
 
 def run_apart(
     chosen: Iterable[Cell], device: torch.device,
-    progress: Callable[[Cell, dict[str, Any]], None], **options: Any,
+    progress: Callable[[Cell, dict[str, Any]], None], *, jobs: int = 1, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """As `run`, each cell in a process of its own."""
+    """As `run`, each cell in a process of its own.
+
+    Args:
+        progress: is called with each cell that is done, and its record.
+        jobs: cells that are prepared side by side; the GPU measures for one of them at a time.
+    """
     spawn = multiprocessing.get_context("spawn")
     data: dict[str, Any] = {"cells": []}
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        for cell in chosen:
-            part = pool.submit(partial(_run_alone, cell, device=device, **options)).result()
-            record = next(r for r in part["cells"] if Cell(**r["cell"]) == cell)
+    with concurrent.futures.ProcessPoolExecutor(
+        jobs, mp_context=spawn, max_tasks_per_child=1
+    ) as pool:
+        running = {
+            pool.submit(partial(_run_alone, cell, device=device, **options)): cell
+            for cell in chosen
+        }
+        for done in concurrent.futures.as_completed(running):
+            part, cell = done.result(), running[done]
+            record = _records(part)[cell]
             data = {**part, "cells": [*data["cells"], record]}
             progress(cell, record)
+    order = [*running.values()]
+    data["cells"].sort(key=lambda record: order.index(Cell(**record["cell"])))
     return data
 
 
@@ -188,9 +221,12 @@ def _measure(
 ) -> dict[str, Any]:  # fmt: skip
     problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
     torch._dynamo.config.recompile_limit = 64
+    if device.type == "cuda":
+        autotune_in_turn(device)
     with torch.no_grad():
-        exact = _reference(problem, torch.float32)
-        plain = _distance(_reference(problem, dtype), exact)
+        with turn(device):
+            exact = _reference(problem, torch.float32)
+            plain = _distance(_reference(problem, dtype), exact)
         calls: dict[str, Call] = {}
         results: dict[str, Any] = {}
         for name in names:
@@ -199,24 +235,16 @@ def _measure(
             results[name] = result = {}
             try:
                 call = _prepare(CONTESTANTS[name], problem, budget_s, result)
-                for _ in range(3):
-                    out = call()
-                error = _distance(out, exact)
-                right = error <= _WORSE * plain + 1e-6
-                result |= {"status": "ok" if right else "wrong", "error": error}
-                result["plain_error"] = plain
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                    call()
-                    peak = torch.cuda.max_memory_allocated() - before
-                    result["peak_mb"] = round(peak / 2**20, 1)
-                    result["host_ms"] = round(host_time_us(call) / 1e3, 4)
+                call()
+                with turn(device):
+                    result |= _once(call, exact, plain, before, device)
                 calls[name] = call
             except Exception as failure:
                 result |= {"status": "error", "error": describe(failure)}
             result["prepare_s"] = round(time.monotonic() - begin, 1)
-        for name, taken in _turns(calls, device).items():
+        with turn(device):
+            times = _turns(calls, device)
+        for name, taken in times.items():
             results[name]["time_ms"] = round(taken, 4)
     peers = {n: r["time_ms"] for n, r in results.items() if n not in OURS and "time_ms" in r}
     for name, result in results.items():
@@ -224,6 +252,25 @@ def _measure(
         if name in OURS:
             result["sources"] = sources
     return results
+
+
+def _once(
+    call: Call, exact: torch.Tensor, plain: float, before: int, device: torch.device
+) -> dict[str, Any]:
+    """How far a call's output is from fp32, its memory, and the host's time for it."""
+    for _ in range(2):
+        out = call()
+    error = _distance(out, exact)
+    right = error <= _WORSE * plain + 1e-6
+    result = {"status": "ok" if right else "wrong", "error": error, "plain_error": plain}
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        peak = torch.cuda.max_memory_allocated() - before
+        result["peak_mb"] = round(peak / 2**20, 1)
+        result["host_ms"] = round(host_time_us(call) / 1e3, 4)
+    return result
 
 
 def _prepare(
@@ -248,7 +295,8 @@ def _prepare(
     if "tune" in contestant.ours:
         import stof_hf
 
-        report = stof_hf.tune(model, given, budget_s=budget_s, progress=False)
+        with turn(problem.device):
+            report = stof_hf.tune(model, given, budget_s=budget_s, progress=False)
         layers = [{**asdict(layer), "course": None} for layer in report.layers]
         result["search"] = {
             "seconds": round(report.seconds, 2), "measurements": report.measurements,
@@ -311,8 +359,8 @@ def _turns(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
         for name, call in calls.items()
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(_TURNS):
-        for name in [*calls] if turn % 2 == 0 else [*reversed(calls)]:
+    for i in range(_TURNS):
+        for name in [*calls] if i % 2 == 0 else [*reversed(calls)]:
             # The first call after another's finds caches and clocks as that left them.
             timed(calls[name], 1)
             times[name].append(timed(calls[name], counts[name]))

@@ -1,10 +1,12 @@
 # make demo, make test: each sets up a virtual environment once, with the CPU build of torch
-# where no NVIDIA GPU is seen. `make test TRANSFORMERS=5.17.0` uses an environment of its own.
+# where no NVIDIA GPU is seen. `make test TRANSFORMERS=5.17.0` uses an environment of its own, and
+# `make test JOBS=8` eight processes.
 
 TORCH        ?= torch==2.13.0
 TORCH_INDEX  ?= https://download.pytorch.org/whl/cpu
 TRANSFORMERS ?=
 TESTS        ?=
+JOBS         ?= 2
 PYTHON       ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
                   $(shell $(p) -c "import sys, venv; print('$(p)' if sys.version_info >= (3, 11) else '')" 2>/dev/null)))
 VENV         := .venv$(TRANSFORMERS:%=-%)
@@ -16,7 +18,7 @@ demo: $(VENV)/demo.stamp
 	$(VENV)/bin/stof demo
 
 test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 lint: $(VENV)/dev.stamp
 	$(VENV)/bin/ruff check .

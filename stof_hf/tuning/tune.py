@@ -207,25 +207,28 @@ def _tune_shape(
     """Search for each kind of layers as the model calls them with these inputs."""
     call, last = run(model, inputs, report.phase)
     samples = capture(model, layers, call, last)
-    # What kinds of few operators, such as embeddings, leave of their share is for the others.
-    samples = dict(sorted(samples.items(), key=lambda item: len(item[1].layer.operators)))
     # What the model's first call builds is not the search's.
     deadline = time.monotonic() + budget_s
     found: dict[str, tuple[Sample, Result, LayerReport]] = {}
-    for left, (kind, sample) in zip(range(len(samples), 0, -1), samples.items(), strict=False):
+    # What kinds of few operators, such as embeddings, leave of their share is for the others.
+    order = sorted(samples, key=lambda kind: len(samples[kind].layer.operators))
+    for left, kind in zip(range(len(order), 0, -1), order, strict=True):
+        sample = samples[kind]
         title = f"{kind} {sample.shape[0]} x {sample.tokens}"
         result = search(
             sample, measurer, budget_s=(deadline - time.monotonic()) / left, seed=seed,
             progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
         )  # fmt: skip
         found[kind] = sample, result, _judge(sample, result, measurer)
-        report.layers.append(found[kind][2])
         report.interrupted |= result.interrupted
         kept = found[kind][2].kept
         choices.setdefault(kind, {})[sample.rows] = result.choice if kept else None
         if report.interrupted:
-            return
-    _store(model, found, report.phase)
+            break
+    found = {kind: found[kind] for kind in samples if kind in found}
+    report.layers += [layer for *_, layer in found.values()]
+    if not report.interrupted:
+        _store(model, found, report.phase)
 
 
 def _judge(sample: Sample, result: Result, measurer: Measurer) -> LayerReport:

@@ -15,4 +15,5 @@ OWN_ATTENTION = {
     "led": "longformer",
     "big_bird": "big_bird",
     "bigbird_pegasus": "big_bird",
+    "longt5": "longt5",
 }

@@ -1,4 +1,4 @@
-"""Longformer, LED, BigBird and BigBird-Pegasus: a forward by their own code, and by ours.
+"""Longformer, LED, BigBird, BigBird-Pegasus and LongT5: a forward by their own code, and by ours.
 
 Real sizes, random weights. Every call is timed as a user calls it, host time included, and the two
 take turns.
@@ -24,14 +24,20 @@ from .timing import finished_times_ms
 __all__ = ["BATCH", "MODELS", "TOKENS", "run", "table"]
 
 BATCH, TOKENS = (1, 8), (4096,)
+_LONGT5 = {
+    "d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "num_decoder_layers": 1,
+    "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
 #: Class names without Config and Model, and the options of a configuration for so many tokens.
 MODELS: dict[str, tuple[str, Any]] = {
     "longformer": ("Longformer", lambda n: {"max_position_embeddings": n + 2}),
     "big_bird": ("BigBird", lambda n: {"max_position_embeddings": n}),
     "led": ("LED", lambda n: {"max_encoder_position_embeddings": n, "attention_window": 1024}),
     "bigbird_pegasus": ("BigBirdPegasus", lambda n: {"max_position_embeddings": n}),
+    "longt5": ("LongT5", lambda n: {**_LONGT5, "encoder_attention_type": "transient-global"}),
+    "longt5_local": ("LongT5", lambda n: {**_LONGT5, "encoder_attention_type": "local"}),
 }
-_ENCODERS = ("led", "bigbird_pegasus")
+_ENCODERS = ("led", "bigbird_pegasus", "longt5", "longt5_local")
 _TURNS, _TURN_MS = 6, 100
 #: Our output may be so much farther from fp32 than the own code's in the same dtype.
 _WORSE = 1.25
@@ -45,7 +51,7 @@ def run(
     """Measure, and return the results, which are also saved in `json_path`.
 
     Args:
-        models: of MODELS; of LED and BigBird-Pegasus the encoder.
+        models: of MODELS; of LED, BigBird-Pegasus and LongT5 the encoder.
         dtype: float16 on a GPU by default, else float32.
         options: of the configurations, in place of the real sizes.
 

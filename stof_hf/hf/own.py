@@ -127,11 +127,12 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SparseMask | None
-) -> torch.Tensor:
-    """The op on [B, H, S, D] with the usual scale: [B, Sq, H * Dv], as layers project it."""
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SparseMask | None,
+    *, scale: float | None = None, bias: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """The op on [B, H, S, D], of the usual scale: [B, Sq, H * Dv], as layers project it."""
     out = attention.attention_by_rows(
-        query, key, value, mask, None, softcap=0.0, bias=None, sinks=None
+        query, key, value, mask, scale, softcap=0.0, bias=bias, sinks=None
     )
     return out.flatten(2)
 

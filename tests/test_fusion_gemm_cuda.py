@@ -1,5 +1,7 @@
 """Linear layers by the CUDA kernels for Hopper, against fp64; what needs no GPU, without one."""
 
+from functools import partial
+
 import pytest
 import torch
 from gemms import DEVICE, assert_near, matrix
@@ -26,8 +28,8 @@ on_hopper = pytest.mark.skipif(
 of_both = pytest.mark.parametrize("name", KERNELS)
 
 
-def function_of(name):
-    return getattr(KERNELS[name][0], name)
+def compute(name, x, w, bias=None, residual=None, **options):
+    return KERNELS[name][0].Gemm(w, bias, **options)(x, residual)
 
 
 def oracle(x, w, bias=None, residual=None, activation="none", gated=False):
@@ -69,7 +71,7 @@ def test_random_shapes_and_options(m, n, k, dtype, act, form, biased, amid_nan, 
     given = problem(m, n, k, dtype, form, biased, amid_nan)
     options = {"activation": act, "gated": form == "gated"}
     params = {"block_n": block_n, "group": group}
-    got = gemm_hopper.gemm_hopper(*given, **options, params=params)
+    got = compute("gemm_hopper", *given, **options, params=params)
     assert got.shape == (m, n) and got.dtype == dtype
     assert_near(got, oracle(*given, **options))
 
@@ -93,9 +95,9 @@ def test_random_shapes_of_shared_depth(
     torch.cuda.synchronize()
     if ahead:
         with constant_weights():
-            got = gemm_split_k.gemm_split_k(*given, **options, params=params)
+            got = compute("gemm_split_k", *given, **options, params=params)
     else:
-        got = gemm_split_k.gemm_split_k(*given, **options, params=params)
+        got = compute("gemm_split_k", *given, **options, params=params)
     assert got.shape == (m, n) and got.dtype == dtype
     assert_near(got, oracle(*given, **options))
 
@@ -109,7 +111,7 @@ def test_activations_are_those_of_transformers_far_from_zero_too(name, activatio
     x = torch.cat([torch.linspace(-30, 30, 8000), torch.linspace(-6, 6, 8000)]).view(-1, 16)
     x = x.to(DEVICE, dtype)
     one = torch.eye(16, device=DEVICE, dtype=dtype)
-    got = function_of(name)(x, one, activation=activation)
+    got = compute(name, x, one, activation=activation)
     want = oracle(x, one, activation=activation)
     torch.testing.assert_close(
         got.double(), want, atol=5e-7, rtol=6e-4 if dtype == torch.float16 else 4.5e-3
@@ -123,7 +125,7 @@ def test_nan_stays_nan_and_infinity_infinity(name):
     x = torch.tensor([[torch.nan], [torch.inf], [-torch.inf], [-6e4]], device=DEVICE).half()
     one = torch.eye(8, device=DEVICE).half()[:, :1].repeat(1, 8)
     for activation in ACTIVATIONS:
-        y = function_of(name)(x.repeat(1, 8) / 8, one, activation=activation)[:, 0]
+        y = compute(name, x.repeat(1, 8) / 8, one, activation=activation)[:, 0]
         assert y[0].isnan() and y[1] == torch.inf
         if activation != "none":
             assert y[3] == 0
@@ -138,7 +140,7 @@ def test_the_shapes_of_models(name):
     for m, n, k in few if name == "gemm_split_k" else many:
         x, w = matrix(m, k, torch.float16), matrix(n, k, torch.float16, scale=k**-0.5)
         for weight in w, w.t().contiguous().t():
-            assert_near(function_of(name)(x, weight), oracle(x, w))
+            assert_near(compute(name, x, weight), oracle(x, w))
 
 
 @pytest.mark.gpu
@@ -174,18 +176,18 @@ def test_where_it_overflows_it_is_clamped():
     w = torch.eye(64, device=DEVICE).half()
     x = torch.full((130, 64), 6e4, device=DEVICE).half()
     residual = torch.zeros_like(x)
-    split_k = gemm_split_k.gemm_split_k
-    assert torch.equal(split_k(x, w, residual=residual, clamp=True), x)
+    clamped = gemm_split_k.ClampedGemm(w)
+    assert torch.equal(clamped(x, residual), x)
     # One infinite element, in each place in turn, and everything is brought between limits.
     limit = torch.finfo(torch.float16).max - 1000
     for row, column in ((0, 0), (15, 63), (129, 7), (77, 32)):
         residual.zero_()[row, column] = 6e4
-        got = split_k(x * 1.08, w, residual=residual, clamp=True)
+        got = clamped(x * 1.08, residual)
         want = x * 1.08
         want[row, column] = limit
         assert torch.equal(got, want.clamp(-limit, limit))
     with pytest.raises(UnsupportedError, match="float16"):
-        split_k(x.bfloat16(), w.bfloat16(), clamp=True)
+        gemm_split_k.ClampedGemm(w.bfloat16())
 
 
 @pytest.mark.gpu
@@ -208,14 +210,14 @@ def test_refuses(name, change, message):
         for name, shape in shapes.items()
     } | {name: value for name, value in change.items() if name not in shapes}
     with pytest.raises(UnsupportedError, match=message):
-        function_of(name)(**given)
+        compute(name, **given)
 
 
 @pytest.mark.gpu
 @on_hopper
 @of_both
 def test_refuses_gradients_and_a_gate_with_more(name):
-    call = function_of(name)
+    call = partial(compute, name)
     x, w = matrix(8, 32, torch.float16), matrix(48, 32, torch.float16).requires_grad_()
     with pytest.raises(UnsupportedError, match="no_grad"):
         call(x, w)
@@ -256,7 +258,7 @@ def test_defaults_are_of_the_space(gated):
 def test_elsewhere_it_is_refused(name):
     if DEVICE.type == "cpu":
         with pytest.raises(UnsupportedError, match="Hopper"):
-            function_of(name)(*(torch.zeros(8, 8, dtype=torch.float16) for _ in range(2)))
+            compute(name, *(torch.zeros(8, 8, dtype=torch.float16) for _ in range(2)))
 
 
 def test_without_a_compiler_there_is_one_warning(monkeypatch):

@@ -92,6 +92,10 @@ class Gemm:
         params: one value of the template's SPACE each; None takes its `default`.
 
     Raises UnsupportedError for what the kernel does not take.
+
+    Example:
+        >>> with torch.no_grad():                                                 # doctest: +SKIP
+        ...     y = Gemm(linear.weight, linear.bias, activation="gelu")(x)
     """
 
     family: ClassVar[str]
@@ -143,7 +147,17 @@ class Gemm:
         """Launches what follows the kernel."""
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """x: [M, K]. residual: [M, N] or None. Returns [M, N]."""
+        """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once.
+
+        Args:
+            x: [M, K], the weight's dtype; copied where rows do not begin at multiples of 16 bytes.
+            residual: [M, N] or None; added after the activation.
+
+        Returns:
+            [M, N], contiguous.
+
+        Raises UnsupportedError for tensors that do not fit the weight, or require grad.
+        """
         w, n = self.w, self.columns
         p = Problem.from_buffer_copy(self._problem)
         if x.ndim != 2 or x.shape[1] != p.depth or x.dtype != w.dtype or x.device != w.device:

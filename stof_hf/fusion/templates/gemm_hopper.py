@@ -11,7 +11,7 @@ import torch
 from ...attention.select import multiprocessors
 from . import gemm_cuda
 
-__all__ = ["SPACE", "Gemm", "default", "fits", "gemm_hopper"]
+__all__ = ["SPACE", "Gemm", "default", "fits"]
 
 #: Tiles have so many rows of the weight; so many pairs of row tiles are walked together.
 SPACE: dict[str, tuple[int, ...]] = {"block_n": (128, 192), "group": (4, 8, 16)}
@@ -40,40 +40,9 @@ def fits(params: dict[str, int]) -> bool:
 
 
 class Gemm(gemm_cuda.Gemm):
-    """A weight's kernel; see `gemm_hopper`."""
+    """See `gemm_cuda.Gemm`."""
 
     family, space = "gemm", SPACE
 
     def default(self, m: int) -> dict[str, int]:
         return default(m, self.columns, self.w.device, gated=bool(self._problem.gated))
-
-
-def gemm_hopper(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    activation: str = "none",
-    gated: bool = False,
-    params: dict[str, int] | None = None,
-) -> torch.Tensor:
-    """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once.
-
-    Args:
-        x: [M, K], fp16 or bf16; copied where rows do not begin at multiples of 16 bytes.
-        w, bias, activation, gated, params: as of `gemm_cuda.Gemm`.
-        residual: [M, N] or None; added after the activation.
-
-    Returns:
-        [M, N], contiguous, x's dtype.
-
-    Raises:
-        UnsupportedError: shapes, dtypes or devices that do not fit each other or the kernel, an
-            unknown activation, or tensors that require grad.
-
-    Example:
-        >>> with torch.no_grad():                                                 # doctest: +SKIP
-        ...     y = gemm_hopper(x, linear.weight, linear.bias, activation="gelu")
-    """
-    return Gemm(w, bias, activation=activation, gated=gated, params=params)(x, residual)

@@ -18,7 +18,7 @@ from . import gemm_cuda
 from .overflow import clamp as clamp_flagged
 from .overflow import flags_for
 
-__all__ = ["ROWS", "SPACE", "Gemm", "default", "fits", "gemm_split_k"]
+__all__ = ["ROWS", "SPACE", "ClampedGemm", "Gemm", "default", "fits"]
 
 #: Tiles, blocks that share the depth of one, and steps of 64 of it that are loaded ahead.
 SPACE: dict[str, tuple[int, ...]] = {
@@ -53,7 +53,7 @@ def fits(params: dict[str, int], k: int, *, shared_memory: int) -> bool:
 
 
 class Gemm(gemm_cuda.Gemm):
-    """A weight's kernel; see `gemm_split_k`."""
+    """See `gemm_cuda.Gemm`; equal calls give equal bits."""
 
     family, space = "gemm_split_k", SPACE
 
@@ -66,7 +66,15 @@ class Gemm(gemm_cuda.Gemm):
 
 
 class ClampedGemm(Gemm):
-    """The same for fp16, clamped where an element overflows."""
+    """The same for fp16, clamped as `overflow` does where an element is infinite; a second kernel.
+
+    Raises UnsupportedError for another dtype.
+    """
+
+    def __init__(self, w: torch.Tensor, *args: Any, **options: Any):
+        if w.dtype != torch.float16:
+            raise UnsupportedError(f"only float16 is clamped, a weight is {w.dtype}: take Gemm")
+        super().__init__(w, *args, **options)
 
     def before(self, problem: gemm_cuda.Problem, x: torch.Tensor) -> torch.Tensor:
         super().before(problem, x)
@@ -79,39 +87,3 @@ class ClampedGemm(Gemm):
 
     def behind(self, out: torch.Tensor, kept: torch.Tensor) -> None:
         clamp_flagged(out, kept)
-
-
-def gemm_split_k(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-    *,
-    activation: str = "none",
-    gated: bool = False,
-    clamp: bool = False,
-    params: dict[str, int] | None = None,
-) -> torch.Tensor:
-    """act(x @ w^T + bias) + residual, accumulated in fp32 and rounded once; deterministic.
-
-    Args:
-        x: [M, K], fp16 or bf16; copied where rows do not begin at multiples of 16 bytes.
-        w, bias, activation, gated, params: as of `gemm_cuda.Gemm`.
-        residual: [M, N] or None; added after the activation.
-        clamp: as of `gemm`; not with a gate.
-
-    Returns:
-        [M, N], contiguous, x's dtype.
-
-    Raises:
-        UnsupportedError: shapes, dtypes or devices that do not fit each other or the kernel, an
-            unknown activation, or tensors that require grad.
-
-    Example:
-        >>> with torch.no_grad():                                                 # doctest: +SKIP
-        ...     y = gemm_split_k(x, linear.weight, linear.bias, activation="gelu")
-    """
-    if clamp and (gated or x.dtype != torch.float16):
-        raise UnsupportedError(f"only float16 is clamped, and no gate, not {x.dtype}: clamp=False")
-    kind = ClampedGemm if clamp else Gemm
-    return kind(w, bias, activation=activation, gated=gated, params=params)(x, residual)

@@ -24,6 +24,9 @@ if not console.is_terminal:
     console = Console(width=140)  # tables in a log are not cut to 80 columns
 
 
+PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
+
+
 def _numbers(text: str | None) -> list[int] | None:
     """Read "1,8,16".
 
@@ -34,6 +37,16 @@ def _numbers(text: str | None) -> list[int] | None:
         return None if text is None else [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{text!r} is not a list of numbers such as 1,8,16") from None
+
+
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return None
+    if name not in ("float16", "bfloat16", "float32"):
+        raise typer.BadParameter(f"{name!r} is none of float16, bfloat16 and float32")
+    return getattr(torch, name)
 
 
 @app.command()
@@ -114,13 +127,9 @@ def tune(
     from .tuning import tune as tuning
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = dtype or ("float32" if where == "cpu" else "float16")
-    if name not in ("float16", "bfloat16", "float32"):
-        raise typer.BadParameter(f"{name!r} is none of float16, bfloat16 and float32")
+    number = _dtype(dtype or ("float32" if where == "cpu" else "float16"))
     try:
-        loaded = AutoModel.from_pretrained(
-            model, attn_implementation="stof", dtype=getattr(torch, name)
-        )
+        loaded = AutoModel.from_pretrained(model, attn_implementation="stof", dtype=number)
     except (OSError, ValueError) as error:
         raise typer.BadParameter(f"cannot load {model}: {error}") from error
     loaded = loaded.to(where).eval()
@@ -134,6 +143,71 @@ def tune(
         json_path.write_text(json.dumps(report.to_json(), indent=1) + "\n")
     if plot_path is not None:
         report.plot(plot_path)
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder, or name on the Hugging Face hub.")],
+    pattern: Annotated[
+        list[str], typer.Option(help=f"{PATTERN_HELP} Repeat it to compare several.")
+    ],
+    dataset: Annotated[
+        str, typer.Option(help="Text file, folder of *.txt, or name on the Hugging Face hub.")
+    ],
+    config: Annotated[str | None, typer.Option(help="The dataset's configuration.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="By default test, else validation, else train.")
+    ] = None,
+    column: Annotated[str | None, typer.Option(help="The dataset's column of texts.")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a window; by default at most 1024.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Windows, from the first one on.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a forward.")] = 4,
+    dtype: Annotated[
+        str | None, typer.Option(help="By default the checkpoint's on a GPU, else float32.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the tokens that are masked.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+    png_path: Annotated[Path | None, typer.Option("--png", help="Save a picture here.")] = None,
+) -> None:
+    """Measure what patterns cost a model in quality, beside their density and speed.
+
+    Perplexity of causal language models, pseudo-perplexity of masked ones, and for encoders how
+    similar embeddings stay to those of dense attention.
+
+    stof eval openai-community/gpt2 --pattern sliding-window --pattern longformer --dataset text.txt
+    """
+    from rich.progress import MofNCompleteColumn, Progress
+
+    from . import evaluate as evaluation
+    from .bench.attention import default_device
+    from .evaluate.models import length_for
+
+    chosen = [_pattern(text, {}) for text in pattern]
+    where = default_device(device)
+    loaded, tokenizer, metric = evaluation.load(model, where, _dtype(dtype))
+    windows = evaluation.windows(
+        evaluation.read(dataset, config=config, split=split, column=column),
+        tokenizer, length_for(loaded, seq_len), samples, ending=metric != "perplexity",
+    )  # fmt: skip
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        data = evaluation.evaluate(
+            loaded, windows, chosen, metric, batch=batch, seed=seed,
+            track=lambda items, what: progress.track(items, description=what),
+        )  # fmt: skip
+    source = {"name": dataset, "config": config, "split": split, "column": column}
+    console.print(evaluation.table(data))
+    console.print(
+        f"{len(windows.ids)} windows of {windows.ids.shape[1]} tokens of {dataset}; "
+        f"{data['dtype']} on {data['environment']['device']}", highlight=False, markup=False,
+    )  # fmt: skip
+    if json_path is not None:
+        json_path.write_text(json.dumps({**data, "dataset": source}, indent=1) + "\n")
+    if png_path is not None:
+        evaluation.plot(data, png_path)
 
 
 @app.command()
@@ -176,9 +250,6 @@ def models(
     console.print(", ".join(f"{name} {count}" for name, count in counts.items()), highlight=False)
     if counts.get("WRONG") or counts.get("crash"):
         raise typer.Exit(1)
-
-
-PATTERN_HELP = "Name of a pattern (causal, longformer, ...) or its JSON."
 
 
 @mask_app.command("show")

@@ -10,11 +10,9 @@ from torch import nn
 
 from ..errors import UnsupportedError
 
-__all__ = ["Inputs", "make_inputs", "run"]
+__all__ = ["Inputs", "make_inputs", "most_tokens", "run"]
 
 Inputs = Mapping[str, Any]
-#: Models whose positions begin behind the padding token's.
-_SHIFTED = ("roberta", "xlm-roberta", "camembert")
 
 
 def make_inputs(
@@ -37,8 +35,7 @@ def make_inputs(
             f"{type(model).__name__} takes {model.main_input_name}, which only you know how to "
             "make: pass example_inputs"
         )
-    most = getattr(config, "max_position_embeddings", None) or 512
-    most -= 2 if config.model_type in _SHIFTED else 0
+    most = most_tokens(model) or 512
     seq_len = seq_len or min(512, most)
     if seq_len > most:
         raise UnsupportedError(f"the model takes {most} tokens, not {seq_len}: pass less")
@@ -55,6 +52,22 @@ def make_inputs(
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model takes; None where its configuration names no limit.
+
+    >>> from transformers import RobertaConfig, RobertaModel
+    >>> config = RobertaConfig(hidden_size=12, num_hidden_layers=1, max_position_embeddings=514)
+    >>> most_tokens(RobertaModel(config))
+    512
+    """
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        # Positions of RoBERTa and its kin begin behind the padding token's.
+        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
+            return table.num_embeddings - table.padding_idx - 1
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def run(model: nn.Module, inputs: Inputs, phase: str) -> tuple[Callable[[], Any], bool]:

@@ -170,7 +170,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     seed: Annotated[int, typer.Option(help="Of the tokens that are masked.")] = 0,
     json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
-    png_path: Annotated[Path | None, typer.Option("--png", help="Save a picture here.")] = None,
+    plot_path: Annotated[Path | None, typer.Option("--plot", help="Save a picture here.")] = None,
 ) -> None:
     """Measure what patterns cost a model in quality, beside their density and speed.
 
@@ -206,8 +206,8 @@ def evaluate(
     )  # fmt: skip
     if json_path is not None:
         json_path.write_text(json.dumps({**data, "dataset": source}, indent=1) + "\n")
-    if png_path is not None:
-        evaluation.plot(data, png_path)
+    if plot_path is not None:
+        evaluation.plot(data, plot_path)
 
 
 @app.command()

@@ -388,7 +388,7 @@ def test_eval(name, folder, tmp_path):
         "--pattern", "sliding-window", "--pattern", narrow,
     )  # fmt: skip
     file, picture = tmp_path / "eval.json", tmp_path / "eval.png"
-    result = invoke(folder / name, *options, "--json", file, "--png", picture)
+    result = invoke(folder / name, *options, "--json", file, "--plot", picture)
     assert result.exit_code == 0, result.output
     for text in ("dense", "SlidingWindow(64, 64)", "SlidingWindow(4, 4)", "4 windows of 74"):
         assert text in result.output

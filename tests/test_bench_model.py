@@ -51,7 +51,7 @@ def test_all_apply_the_same_mask(name):
     data = model.run([cell], contestants=names, device=CPU)
     results = data["cells"][0]["results"]
     assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(names, "ok"), results
-    assert 0 < data["cells"][0]["ceiling_ms"] < 2 * results["sdpa"]["time_ms"]
+    assert data["cells"][0]["ceiling_ms"] > 0
     assert all(r["time_ms"] > 0 and r["error"] < 1e-5 for r in results.values())
 
 

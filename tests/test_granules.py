@@ -203,10 +203,14 @@ from stof_hf.masks import SparseMask, patterns as p
     ]
     out = []
     for pattern in made:
-        begin = time.process_time()
-        mask = SparseMask.from_pattern(pattern, n)
-        plan = granule_plan(mask, Layout(2, False), 12, 264, 12)
-        out.append([repr(pattern)[:20], time.process_time() - begin])
+        times = []
+        # Threads that wait for a core count, too: the least of three is the work's.
+        for _ in range(3):
+            begin = time.process_time()
+            mask = SparseMask.from_pattern(pattern, n)
+            plan = granule_plan(mask, Layout(2, False), 12, 264, 12)
+            times.append(time.process_time() - begin)
+        out.append([repr(pattern)[:20], min(times)])
     return out"""
     _, mib, plans = measure(setup, work, 512, 131072)
     assert mib < 64

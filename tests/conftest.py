@@ -33,6 +33,23 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """Layers that ran fused."""
+    from stof_hf.fusion import fused
+
+    found, run = [], fused.Fused.run
+
+    def counted(self, module, *args):
+        out = run(self, module, *args)
+        if out is not None:
+            found.append(module)
+        return out
+
+    monkeypatch.setattr(fused.Fused, "run", counted)
+    return found
+
+
 @pytest.fixture(scope="module")
 def poisoned_empty():
     """torch.empty and its kin hand out NaN, so that an element nobody wrote shows."""

@@ -26,21 +26,6 @@ def fresh_warnings(monkeypatch):
     monkeypatch.setattr(fused, "_warned", set())
 
 
-@pytest.fixture
-def ran(monkeypatch):
-    """Modules that ran fused."""
-    found, run = [], fused.Fused.run
-
-    def counted(self, module, *args):
-        out = run(self, module, *args)
-        if out is not None:
-            found.append(module)
-        return out
-
-    monkeypatch.setattr(fused.Fused, "run", counted)
-    return found
-
-
 def embedding_of(model):
     (found,) = (found for found in find(model) if "embeddings" in found.name)
     return found

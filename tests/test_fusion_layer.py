@@ -8,7 +8,6 @@ import torch
 from layers import MODELS, blocks, build, first, inputs_of
 
 import stof_hf
-from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install, restore
 from stof_hf.fusion.layer_ops import schemes
 
@@ -23,21 +22,6 @@ def model(request):
 @pytest.fixture
 def inputs(model):
     return inputs_of(model)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """Layers that ran fused."""
-    found, run = [], fused.Fused.run
-
-    def counted(self, module, *args):
-        out = run(self, module, *args)
-        if out is not None:
-            found.append(module)
-        return out
-
-    monkeypatch.setattr(fused.Fused, "run", counted)
-    return found
 
 
 def test_outputs_and_state_are_what_they_were(model, inputs, ran):

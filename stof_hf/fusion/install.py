@@ -33,11 +33,14 @@ __all__ = ["Found", "context_of", "find", "install", "patch_of", "restore"]
 FAMILIES = ("bert", "distilbert", "gpt2", "llama", "modernbert", "t5", "vit")
 #: What a layer may be called with and still be computed by its operators, by the names that
 #: Transformers' layers use; anything else that is given runs the layer's own code.
-_MASK, _CACHE, _ROTARY = "attention_mask", "past_key_values", "position_embeddings"
-_BIAS = "position_bias"
-_ENCODER, _CROSS_MASK = "encoder_hidden_states", "encoder_attention_mask"
-_CROSS_BIAS = "encoder_decoder_position_bias"
-_POSITIONS, _TYPES, _PAST = "position_ids", "token_type_ids", "past_key_values_length"
+_FIELDS = {
+    "attention_mask": "mask", "position_embeddings": "position_embeddings",
+    "position_bias": "position_bias", "encoder_hidden_states": "encoder",
+    "encoder_attention_mask": "cross_mask", "encoder_decoder_position_bias": "cross_bias",
+    "position_ids": "position_ids", "token_type_ids": "token_type_ids",
+    "past_key_values_length": "past",
+}  # fmt: skip
+_CACHE = "past_key_values"
 _IGNORED = frozenset(("use_cache", "cache_position", "output_attentions"))
 
 
@@ -110,28 +113,12 @@ def context_of(kwargs: Mapping[str, Any]) -> Context | None:
     for name, value in kwargs.items():
         if value is None or name in _IGNORED:
             continue
-        if name == _ROTARY:
-            context.position_embeddings = value
-        elif name == _BIAS:
-            context.position_bias = value
-        elif name == _CACHE:
+        if name == _CACHE:
             # Decoders with cross-attention have two in one.
             context.cache = getattr(value, "self_attention_cache", value)
             context.caches = None if context.cache is value else value
-        elif name == _MASK:
-            context.mask = value
-        elif name == _ENCODER:
-            context.encoder = value
-        elif name == _CROSS_MASK:
-            context.cross_mask = value
-        elif name == _CROSS_BIAS:
-            context.cross_bias = value
-        elif name == _POSITIONS:
-            context.position_ids = value
-        elif name == _TYPES:
-            context.token_type_ids = value
-        elif name == _PAST:
-            context.past = value
+        elif name in _FIELDS:
+            setattr(context, _FIELDS[name], value)
         else:
             return None
     return context

@@ -190,8 +190,7 @@ def test_processes_fill_one_table(tmp_path):
 
 
 def test_torch_compile_times_candidates_in_turns(monkeypatch):
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+    from torch._inductor.runtime.benchmarking import benchmarker
 
     taken = []
 
@@ -200,17 +199,10 @@ def test_torch_compile_times_candidates_in_turns(monkeypatch):
         taken.append(device)
         yield
 
-    def choose(cls, choices):
-        return sorted(choices)
-
     monkeypatch.setattr(turns, "turn", turn)
-    # As torch has them: one of the class, one of an object.
-    assert isinstance(vars(AlgorithmSelectorCache)["benchmark_choices"], classmethod)
-    monkeypatch.setattr(AlgorithmSelectorCache, "benchmark_choices", classmethod(choose))
-    monkeypatch.setattr(CachingAutotuner, "bench", lambda self, launcher: launcher)
+    monkeypatch.setattr(benchmarker, "benchmark_gpu", lambda call, rep, **_: call() + rep)
     turns.autotune_in_turn.__wrapped__(CPU)
-    assert AlgorithmSelectorCache.benchmark_choices([2, 1]) == [1, 2]
-    assert CachingAutotuner.bench(None, 3) == 3 and taken == [CPU, CPU]
+    assert benchmarker.benchmark(lambda: 1, device="cuda", rep=2) == 3 and taken == [CPU]
 
 
 def test_turns_may_be_nested(tmp_path):

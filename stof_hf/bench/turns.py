@@ -23,12 +23,17 @@ def turn(device: torch.device) -> AbstractContextManager[object]:
     """The GPU for this process alone, as far as others ask for turns; may be nested."""
     if device.type != "cuda":
         return nullcontext()
-    return _lock(str(torch.cuda.get_device_properties(device).uuid))
+    return _held(str(torch.cuda.get_device_properties(device).uuid))
 
 
 def file_lock(path: Path) -> AbstractContextManager[object]:
     """A file for this process alone, to be read, changed and written."""
-    return _lock(hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16])
+    return _held(hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16])
+
+
+def _held(name: str) -> AbstractContextManager[object]:
+    # Who polls seldom waits long for somebody who gives the lock back only to take it again.
+    return _lock(name).acquire(poll_interval=0.002)
 
 
 @cache
@@ -38,19 +43,14 @@ def _lock(name: str) -> FileLock:
 
 @cache
 def autotune_in_turn(device: torch.device) -> None:
-    """Let torch.compile time candidates in turns of this process."""
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    from torch._inductor.select_algorithm import AlgorithmSelectorCache
+    """Let torch.compile time candidates in turns of this process, and compile them outside."""
+    from torch._inductor.runtime.benchmarking import benchmarker
 
-    choices = vars(AlgorithmSelectorCache)["benchmark_choices"].__func__
-    AlgorithmSelectorCache.benchmark_choices = classmethod(_in_turn(choices, device))
-    CachingAutotuner.bench = _in_turn(CachingAutotuner.bench, device)
+    measure = benchmarker.benchmark_gpu
 
-
-def _in_turn(function: Any, device: torch.device) -> Any:
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    @wraps(measure)
+    def measure_in_turn(*args: Any, **kwargs: Any) -> float:
         with turn(device):
-            return function(*args, **kwargs)
+            return measure(*args, **kwargs)
 
-    return run
+    benchmarker.benchmark_gpu = measure_in_turn

@@ -98,7 +98,7 @@ def require_positions(pattern: Pattern, count: int) -> None:
             shape = [n * pattern.block_size for n in pattern.table.shape[1:]]
         else:
             dense = isinstance(pattern, Dense)
-            shape = pattern.mask.shape[-2:] if dense else (len(pattern.ids[0]),)
+            shape = pattern.mask.shape[-2:] if dense else pattern.table.shape[1:]
         if min(shape) < count:
             raise MaskError(
                 f"the pattern {type(pattern).__name__} is for {min(shape)} positions, the sequence "

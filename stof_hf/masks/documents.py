@@ -15,7 +15,7 @@ from .intervals import Intervals
 from .pattern import Index, Pattern, Rows
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Documents(Pattern):
     """Packed documents: a token attends to the tokens of its own document.
 
@@ -26,10 +26,13 @@ class Documents(Pattern):
     Combine with `Causal()` for language models. Ids on a GPU are copied to the host once.
     """
 
-    ids: tuple[tuple[int, ...], ...]
+    # As tuples for who reads them, and for JSON: most masks are built of the table alone.
+    ids: tuple[tuple[int, ...], ...] = cached_property(  # type: ignore[assignment]
+        lambda self: tuple(map(tuple, self.table.tolist()))
+    )
 
-    def __post_init__(self) -> None:
-        ids = torch.as_tensor(self.ids).detach()
+    def __init__(self, ids: Any) -> None:
+        ids = torch.as_tensor(ids).detach()
         if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
             raise MaskError(
                 "document ids must be whole numbers, [S] or [B, S] and not empty, not "
@@ -37,7 +40,6 @@ class Documents(Pattern):
             )
         ids = ids.to("cpu", torch.int64, copy=True)
         ids = ids.reshape(-1, ids.shape[-1]).contiguous()
-        object.__setattr__(self, "ids", tuple(map(tuple, ids.tolist())))
         object.__setattr__(self, "batch", ids.shape[0] if ids.shape[0] > 1 else None)
         object.__setattr__(self, "_table", {torch.device("cpu"): ids})
 
@@ -52,7 +54,7 @@ class Documents(Pattern):
         pos = torch.as_tensor(position_ids).detach().to("cpu", torch.int64)
         begins = torch.zeros_like(pos)
         begins[..., 1:] = pos[..., 1:] != pos[..., :-1] + 1
-        return cls(begins.cumsum(-1))  # type: ignore[arg-type]
+        return cls(begins.cumsum(-1))
 
     @property
     def table(self) -> torch.Tensor:

@@ -1,15 +1,24 @@
 """BERT, RoBERTa and ELECTRA: post-norm encoder layers with biases."""
 
 import torch
-from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
-from transformers.models.electra.modeling_electra import ElectraEmbeddings, ElectraLayer
-from transformers.models.roberta.modeling_roberta import RobertaEmbeddings, RobertaLayer
+from transformers.models.bert.modeling_bert import BertEmbeddings, BertEncoder, BertLayer
+from transformers.models.electra.modeling_electra import (
+    ElectraEmbeddings,
+    ElectraEncoder,
+    ElectraLayer,
+)
+from transformers.models.roberta.modeling_roberta import (
+    RobertaEmbeddings,
+    RobertaEncoder,
+    RobertaLayer,
+)
 
 from stof_hf.fusion.embeddings import lookup
 from stof_hf.fusion.layer import Attention, Context, Layer, Operator, product
 
 LAYERS = (BertLayer, RobertaLayer, ElectraLayer)
 EMBEDDINGS = (BertEmbeddings, RobertaEmbeddings, ElectraEmbeddings)
+STACKS = (BertEncoder, RobertaEncoder, ElectraEncoder)
 
 
 def layer(module: BertLayer) -> Layer:

@@ -1,13 +1,18 @@
 """DistilBERT: post-norm encoder layers with biases."""
 
 import torch
-from transformers.models.distilbert.modeling_distilbert import Embeddings, TransformerBlock
+from transformers.models.distilbert.modeling_distilbert import (
+    Embeddings,
+    Transformer,
+    TransformerBlock,
+)
 
 from stof_hf.fusion.embeddings import lookup
 from stof_hf.fusion.layer import Attention, Context, Layer, Operator, product
 
 LAYERS = (TransformerBlock,)
 EMBEDDINGS = (Embeddings,)
+STACKS = (Transformer,)
 
 
 def layer(module: TransformerBlock) -> Layer:

@@ -33,6 +33,7 @@ __all__ = [
     "restore",
     "set_pattern",
     "tune",
+    "unpad",
     "use_graphs",
 ]
 
@@ -43,7 +44,8 @@ _LAZY = {
     "set_pattern": ("stof_hf.hf.patching", "set_pattern"),
     "tune": ("stof_hf.tuning.tune", "tune"),
     "apply_tuned": ("stof_hf.tuning.tune", "apply_tuned"),
-    "restore": ("stof_hf.runtime.graphs", "restore"),
+    "restore": ("stof_hf.runtime.restore", "restore"),
+    "unpad": ("stof_hf.runtime.unpad", "unpad"),
     "use_graphs": ("stof_hf.runtime.graphs", "use_graphs"),
 }
 

@@ -533,6 +533,30 @@ def bench_model(
         raise typer.Exit(1)
 
 
+@bench_app.command("padded")
+def bench_padded(
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as sdpa,unpadded; all by default.")
+    ] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune for.")] = 60,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time BERT-base on 16 sequences of 64 to 2,048 tokens: padded, and unpadded.
+
+    The exit status is 1 where a contestant raised or computed something else.
+    """
+    from .bench import padded
+    from .bench.attention import default_device
+
+    names = contestants.split(",") if contestants else list(padded.CONTESTANTS)
+    where = default_device(device)
+    data = padded.run(names, device=where, budget_s=budget_s, json_path=json_path)
+    console.print(padded.table(data))
+    if any(result["status"] != "ok" for result in data["results"].values()):
+        raise typer.Exit(1)
+
+
 @bench_app.command("decode")
 def bench_decode(
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,16.")] = None,

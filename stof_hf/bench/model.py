@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +31,9 @@ from .timing import host_time_us
 from .turns import autotune_in_turn, file_lock, turn
 from .zoo import ZOO, Problem, shapes_of
 
-__all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
+__all__ = [
+    "CONTESTANTS", "Cell", "Contestant", "cells", "measure", "run", "run_apart", "table",
+]  # fmt: skip
 
 Call = Callable[[], torch.Tensor]
 #: Seconds that a contestant's turn takes at least, and its turns.
@@ -56,7 +58,7 @@ class Contestant:
     Args:
         attention: Transformers' implementation.
         mode: of torch.compile.
-        ours: what this package does besides: "tune", "graphs".
+        ours: what this package does besides: "unpad", "tune", "graphs".
         only: models that it is for.
     """
 
@@ -65,6 +67,10 @@ class Contestant:
     ours: tuple[str, ...] = ()
     liger: bool = False
     only: tuple[str, ...] = tuple(ZOO)
+
+    @property
+    def is_ours(self) -> bool:
+        return self.attention == "stof" or bool(self.ours)
 
     def takes(self, model: str) -> bool:
         """Whether it computes this model."""
@@ -91,7 +97,7 @@ CONTESTANTS = {
     "fusion": Contestant("sdpa", ours=("tune", "graphs")),
     "tuned": Contestant("stof", ours=("tune", "graphs")),
 }  # fmt: skip
-OURS = ("stof", "graphs", "attention", "fusion", "tuned")
+OURS = tuple(name for name, contestant in CONTESTANTS.items() if contestant.is_ours)
 
 
 def cells(models: Iterable[str] = tuple(ZOO)) -> list[Cell]:
@@ -117,8 +123,8 @@ def run(
         raise StofError(
             f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
         )
-    here, sources = environment(device), tuned.environment(device).sources
-    data = {"format": FORMAT, **here, "cells": []}
+    sources = tuned.environment(device).sources
+    data = {"format": FORMAT, **environment(device), "cells": []}
     known = _records(_kept(json_path, data))
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     for cell in chosen:
@@ -131,8 +137,9 @@ def run(
         ]  # fmt: skip
         if missing:
             beside = {"sdpa", *(_fastest(results, 2) if set(missing) & set(OURS) else ())}
-            chosen_here = [n for n in CONTESTANTS if n in beside or n in missing]
-            results |= _measure(cell, chosen_here, dtype, device, budget_s, sources)
+            here = {n: c for n, c in CONTESTANTS.items() if n in beside or n in missing}
+            problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+            results |= measure(problem, here, budget_s, sources)
         if "ceiling_ms" not in record:
             problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
             with turn(device):
@@ -215,29 +222,33 @@ def _run_alone(cell: Cell, **options: Any) -> dict[str, Any]:
         raise StofError("".join(traceback.format_exception(error))) from None
 
 
-def _measure(
-    cell: Cell, names: list[str], dtype: torch.dtype, device: torch.device, budget_s: float,
-    sources: str,
-) -> dict[str, Any]:  # fmt: skip
-    problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+def measure(
+    problem: Problem, contestants: Mapping[str, Contestant], budget_s: float, sources: str
+) -> dict[str, Any]:
+    """Contestants' results by name; `run` says of what.
+
+    Args:
+        sources: of this package, kept with what is ours.
+    """
+    dtype, device = problem.dtype, problem.device
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         autotune_in_turn(device)
     with torch.no_grad():
         with turn(device):
             exact = _reference(problem, torch.float32)
-            plain = _distance(_reference(problem, dtype), exact)
+            plain = _distance(problem, _reference(problem, dtype), exact)
         calls: dict[str, Call] = {}
         results: dict[str, Any] = {}
-        for name in names:
+        for name, contestant in contestants.items():
             begin = time.monotonic()
             before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
             results[name] = result = {}
             try:
-                call = _prepare(CONTESTANTS[name], problem, budget_s, result)
+                call = _prepare(contestant, problem, budget_s, result)
                 call()
                 with turn(device):
-                    result |= _once(call, exact, plain, before, device)
+                    result |= _once(problem, call, exact, plain, before)
                 calls[name] = call
             except Exception as failure:
                 result |= {"status": "error", "error": describe(failure)}
@@ -246,24 +257,25 @@ def _measure(
             times = _turns(calls, device)
         for name, taken in times.items():
             results[name]["time_ms"] = round(taken, 4)
-    peers = {n: r["time_ms"] for n, r in results.items() if n not in OURS and "time_ms" in r}
+    timed = {n: r["time_ms"] for n, r in results.items() if "time_ms" in r}
+    peers = {n: t for n, t in timed.items() if not contestants[n].is_ours}
     for name, result in results.items():
         result["peers_ms"] = peers
-        if name in OURS:
+        if contestants[name].is_ours:
             result["sources"] = sources
     return results
 
 
 def _once(
-    call: Call, exact: torch.Tensor, plain: float, before: int, device: torch.device
+    problem: Problem, call: Call, exact: torch.Tensor, plain: float, before: int
 ) -> dict[str, Any]:
     """How far a call's output is from fp32, its memory, and the host's time for it."""
     for _ in range(2):
         out = call()
-    error = _distance(out, exact)
+    error = _distance(problem, out, exact)
     right = error <= _WORSE * plain + 1e-6
     result = {"status": "ok" if right else "wrong", "error": error, "plain_error": plain}
-    if device.type == "cuda":
+    if problem.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         call()
@@ -292,6 +304,10 @@ def _prepare(
     if contestant.mode is not None:
         mode = None if contestant.mode == "default" else contestant.mode
         model = torch.compile(model, dynamic=False, mode=mode)
+    if "unpad" in contestant.ours:
+        import stof_hf
+
+        stof_hf.unpad(model)
     if "tune" in contestant.ours:
         import stof_hf
 
@@ -337,7 +353,8 @@ def _reference(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
     return model(**inputs, **problem.masks("additive", dtype))[0].float()
 
 
-def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
+def _distance(problem: Problem, out: torch.Tensor, exact: torch.Tensor) -> float:
+    out, exact = problem.real(out), problem.real(exact)
     return float((out.float() - exact).norm() / exact.norm())
 
 

@@ -155,6 +155,10 @@ class Problem:
         # One batch element and head stand for all.
         return create_block_mask(mod, None, None, self.tokens, self.tokens, device=self.device)
 
+    def real(self, out: torch.Tensor) -> torch.Tensor:
+        """What counts of an output."""
+        return out
+
     def pattern(self) -> Pattern | None:
         """The mask as `stof_hf.set_pattern` takes it, for every attention layer."""
         if not self.entry.masked:

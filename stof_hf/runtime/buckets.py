@@ -17,8 +17,8 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from transformers.utils import ModelOutput
 
 __all__ = [
-    "Facts", "Size", "Unknown", "bucket_of", "copy_out", "facts_of", "is_small", "padded_shape",
-    "round_up",
+    "Facts", "Size", "Unknown", "bucket_of", "copy_out", "facts_of", "is_for_unpadding", "is_small",
+    "padded_shape", "round_up",
 ]  # fmt: skip
 
 
@@ -113,10 +113,15 @@ def round_up(size: Size) -> Size:
     return Size(1 << (batch - 1).bit_length(), rounded)
 
 
-def is_small(tensors: Mapping[str, torch.Tensor]) -> bool:
+def is_small(tensors: Mapping[str, torch.Tensor], most: int = _MOST_CAPTURED) -> bool:
     """Whether the host may be what a call waits for."""
     main = tensors.get("input_ids", tensors.get("inputs_embeds"))
-    return main is None or main.ndim < 2 or main.shape[0] * main.shape[1] <= _MOST_CAPTURED
+    return main is None or main.ndim < 2 or main.shape[0] * main.shape[1] <= most
+
+
+def is_for_unpadding(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether an unpadded model computes a call faster than a graph, if it is padded."""
+    return "attention_mask" in tensors and not is_small(tensors, _MOST_TOKENS)
 
 
 def bucket_of(

@@ -14,6 +14,7 @@ from ..fusion.install import in_use
 from ..masks.cache import noting
 from .buckets import Facts, Size, copy_out, padded_shape
 from .recorder import Recorder, Recording
+from .unpadded import padded
 
 __all__ = ["Captured", "arguments_of", "shapes_of"]
 
@@ -57,7 +58,7 @@ class Captured:
                 torch.autograd.graph.increment_version([*self._static.values()])
                 return forward(model, **self._static, **arguments)
 
-            with noting() as masks:
+            with noting() as masks, padded():
                 self.recording = recorder.capture(run, device)
             self._held = [*map(_read_of, masks), *in_use(model)]
         self._size = None

@@ -1,4 +1,4 @@
-"""CUDA graphs for a model's forward: `use_graphs`, and `restore`.
+"""CUDA graphs for a model's forward: `use_graphs`.
 
 A small forward takes the host longer to launch than the GPU to compute. Its launches are therefore
 captured, and repeated by a single one for every call of the same kind and bucket of shapes.
@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import StofWarning, UnsupportedError
-from ..fusion import install
 from ..fusion.layer import implementation
-from .buckets import Unknown, bucket_of, facts_of, is_small
+from .buckets import Unknown, bucket_of, facts_of, is_for_unpadding, is_small
 from .captured import Captured, arguments_of, shapes_of
 from .recorder import Recorder
+from .unpadded import unpads
 from .watch import Watch, device_of, refusal
 
-__all__ = ["restore", "use_graphs"]
+__all__ = ["class_of", "set_class", "take_off", "use_graphs"]
 
 #: Kinds of calls that are remembered to have been seen once.
 _MOST_SEEN = 4096
@@ -86,20 +86,27 @@ def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
         model.__class__ = _subclass(type(model))
 
 
-def restore(model: nn.Module) -> int:
-    """Put back every layer that `tune` or `apply_tuned` replaced, and take `use_graphs` back.
-
-    Weights that were packed get memory of their own again, so that outputs are bit for bit what
-    they were. Again, it changes nothing.
-
-    Returns:
-        How many layers were put back.
-    """
+def take_off(model: nn.Module) -> None:
+    """Put back what `use_graphs` changed."""
     for module in model.modules():
         if isinstance(module, _Graphed):
             _forget(module)
             module.__class__ = type(module).replaced
-    return install.restore(model)
+
+
+def class_of(module: nn.Module) -> type[nn.Module]:
+    """A module's class, beneath its graphs where it has some."""
+    return type(module).replaced if isinstance(module, _Graphed) else type(module)
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change what `class_of` gives; graphs are captured anew."""
+    if isinstance(module, _Graphed):
+        kept = module.__dict__["_stof_graphs"].max_graphs
+        _forget(module)
+        module.__dict__["_stof_graphs"] = Graphs(kept)
+        cls = _subclass(cls)
+    module.__class__ = cls
 
 
 def _forget(model: nn.Module) -> None:
@@ -189,6 +196,8 @@ class Graphs:
                 self._look_again(model)
             if self._refused or device != self._device:
                 return _OWN
+            if self._unpads and is_for_unpadding(tensors):
+                return _OWN
             return self._run(model, tensors, plain)
 
     def clear(self) -> None:
@@ -205,6 +214,7 @@ class Graphs:
         reason = refusal(model, self._recorder.device_type)
         self._refused = reason is not None
         self._facts = facts_of(model, type(model).replaced)
+        self._unpads = unpads(model)
         try:
             self._watch = Watch(model)
         except RuntimeError:  # tensors that lie nowhere

@@ -41,7 +41,8 @@ def unpad(model: nn.Module) -> None:
 
     >>> import torch, stof_hf
     >>> from transformers import BertConfig, BertModel
-    >>> model = BertModel._from_config(BertConfig(num_hidden_layers=1), attn_implementation="stof")
+    >>> config = BertConfig(num_hidden_layers=1)
+    >>> model = BertModel._from_config(config, attn_implementation="stof").eval()
     >>> stof_hf.unpad(model)
     >>> ids = torch.ones(2, 8, dtype=torch.int64)
     >>> mask = torch.tensor([[1] * 8, [1] * 3 + [0] * 5])

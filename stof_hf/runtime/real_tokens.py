@@ -80,7 +80,8 @@ class RealTokens:
     def scatter(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, ...] of [1, N, ...], zeros at padding."""
         out = x.new_zeros(self._batch * self._tokens, *x.shape[2:])
-        out.index_copy_(0, self._real, x[0, : len(self._real)])
+        # Layers may lie on several devices.
+        out.index_copy_(0, self._real.to(x.device), x[0, : len(self._real)])
         return out.unflatten(0, (self._batch, self._tokens))
 
     def scatter_all(self, output: Any) -> Any:

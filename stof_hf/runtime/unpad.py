@@ -25,9 +25,9 @@ def unpad(model: nn.Module) -> None:
     rounding. At padding, `last_hidden_state` and `hidden_states` are zeros, and heads compute what
     follows from that. Patterns of `set_pattern` keep their positions, in which padding counts.
 
-    Such a forward waits for the device once, to learn where the padding is. It pays where the
-    device is what takes time: from some thousand tokens on. With `use_graphs`, calls of up to 4,096
-    tokens are left to graphs.
+    A forward with such a mask waits for the device once, to learn where the padding is. It pays
+    where the device is what takes time: from some thousand tokens on. With `use_graphs`, calls of
+    up to 4,096 tokens are left to graphs.
 
     The batch is computed padded, as without `unpad`: under torch.compile, tracing or a capture of a
     CUDA graph; with caches, cross-attention, packed sequences or another mask than [B, S]; where

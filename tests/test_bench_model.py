@@ -4,6 +4,7 @@ import contextlib
 import json
 import pickle
 import sys
+import threading
 import types
 from collections import Counter
 
@@ -208,6 +209,23 @@ def test_torch_compile_times_candidates_in_turns(monkeypatch):
 def test_turns_may_be_nested(tmp_path):
     with turns.file_lock(tmp_path / "x"), turns.file_lock(tmp_path / "x"), turns.turn(CPU):
         pass
+
+
+def test_what_is_measured_waits_for_what_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns.tempfile, "gettempdir", lambda: str(tmp_path))
+    course = []
+
+    def measure():
+        with turns.measuring(), turns.measuring():
+            course.append("measured")
+
+    waiting = threading.Thread(target=measure)
+    with turns.preparing(), turns.preparing():
+        waiting.start()
+        waiting.join(0.2)
+        course.append("prepared")
+    waiting.join()
+    assert course == ["prepared", "measured"]
 
 
 def test_the_grid():

@@ -7,6 +7,7 @@ included: that is what decides small shapes. Several processes may fill one tabl
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import multiprocessing
 import statistics
 import sys
@@ -28,7 +29,7 @@ from ..tuning import environment as tuned
 from .attention import FORMAT, describe, environment, load, save
 from .ceiling import ceiling_ms, products
 from .timing import host_time_us
-from .turns import autotune_in_turn, file_lock, turn
+from .turns import autotune_in_turn, file_lock, measuring, preparing, turn
 from .zoo import ZOO, Problem, shapes_of
 
 __all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
@@ -75,6 +76,14 @@ class Contestant:
 CONTESTANTS = {
     "eager": Contestant("eager"),
     "sdpa": Contestant("sdpa"),
+    "liger": Contestant("sdpa", liger=True, only=("llama_base",)),
+    # Of ours, untuned; then what each part does by itself; then all.
+    "stof": Contestant("stof"),
+    "graphs": Contestant("sdpa", ours=("graphs",)),
+    "attention": Contestant("stof", ours=("graphs",)),
+    "fusion": Contestant("sdpa", ours=("tune", "graphs")),
+    "tuned": Contestant("stof", ours=("tune", "graphs")),
+    # Last, because what their graphs hold comes and goes while others' memory is counted.
     **{
         f"{mode}_{attention}": Contestant(
             f"{attention}_attention" if attention == "flex" else attention, mode,
@@ -83,13 +92,6 @@ CONTESTANTS = {
         for mode in ("default", "reduce-overhead", "max-autotune")
         for attention in ("sdpa", "flex")
     },
-    "liger": Contestant("sdpa", liger=True, only=("llama_base",)),
-    # Of ours, untuned; then what each part does by itself; then all.
-    "stof": Contestant("stof"),
-    "graphs": Contestant("sdpa", ours=("graphs",)),
-    "attention": Contestant("stof", ours=("graphs",)),
-    "fusion": Contestant("sdpa", ours=("tune", "graphs")),
-    "tuned": Contestant("stof", ours=("tune", "graphs")),
 }  # fmt: skip
 OURS = ("stof", "graphs", "attention", "fusion", "tuned")
 
@@ -186,23 +188,24 @@ def run_apart(
 
     Args:
         progress: is called with each cell that is done, and its record.
-        jobs: cells that are prepared side by side; the GPU measures for one of them at a time.
+        jobs: cells that are prepared side by side; when all of them are, they are measured.
     """
     spawn = multiprocessing.get_context("spawn")
-    data: dict[str, Any] = {"cells": []}
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=spawn, max_tasks_per_child=1
-    ) as pool:
-        running = {
-            pool.submit(partial(_run_alone, cell, device=device, **options)): cell
-            for cell in chosen
-        }
-        for done in concurrent.futures.as_completed(running):
-            part, cell = done.result(), running[done]
-            record = _records(part)[cell]
-            data = {**part, "cells": [*data["cells"], record]}
-            progress(cell, record)
-    order = [*running.values()]
+    order, data = list(chosen), {"cells": []}
+    for begin in range(0, len(order), jobs):
+        batch = order[begin : begin + jobs]
+        with concurrent.futures.ProcessPoolExecutor(
+            len(batch), mp_context=spawn, max_tasks_per_child=1
+        ) as pool:
+            running = {
+                pool.submit(partial(_run_alone, cell, device=device, **options)): cell
+                for cell in batch
+            }
+            for done in concurrent.futures.as_completed(running):
+                part, cell = done.result(), running[done]
+                record = _records(part)[cell]
+                data = {**part, "cells": [*data["cells"], record]}
+                progress(cell, record)
     data["cells"].sort(key=lambda record: order.index(Cell(**record["cell"])))
     return data
 
@@ -223,29 +226,31 @@ def _measure(
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         autotune_in_turn(device)
+    calls: dict[str, Call] = {}
+    results: dict[str, Any] = {name: {} for name in names}
     with torch.no_grad():
-        with turn(device):
-            exact = _reference(problem, torch.float32)
-            plain = _distance(_reference(problem, dtype), exact)
-        calls: dict[str, Call] = {}
-        results: dict[str, Any] = {}
-        for name in names:
-            begin = time.monotonic()
-            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            results[name] = result = {}
-            try:
-                call = _prepare(CONTESTANTS[name], problem, budget_s, result)
-                call()
-                with turn(device):
-                    result |= _once(call, exact, plain, before, device)
-                calls[name] = call
-            except Exception as failure:
-                result |= {"status": "error", "error": describe(failure)}
-            result["prepare_s"] = round(time.monotonic() - begin, 1)
-        with turn(device):
-            times = _turns(calls, device)
-        for name, taken in times.items():
-            results[name]["time_ms"] = round(taken, 4)
+        with preparing():
+            with turn(device):
+                exact = _reference(problem, torch.float32)
+                plain = _distance(_reference(problem, dtype), exact)
+            for name in names:
+                begin = time.monotonic()
+                before = _allocated(device)
+                result = results[name]
+                try:
+                    call = _prepare(CONTESTANTS[name], problem, budget_s, result)
+                    call()
+                    with turn(device):
+                        result |= _once(call, exact, plain, before, device)
+                    calls[name] = call
+                except Exception as failure:
+                    result |= {"status": "error", "error": describe(failure)}
+                result["prepare_s"] = round(time.monotonic() - begin, 1)
+        with measuring(), turn(device):
+            for name, taken in _turns(calls, device).items():
+                results[name]["time_ms"] = round(taken, 4)
+                if device.type == "cuda":
+                    results[name]["host_ms"] = round(host_time_us(calls[name]) / 1e3, 4)
     peers = {n: r["time_ms"] for n, r in results.items() if n not in OURS and "time_ms" in r}
     for name, result in results.items():
         result["peers_ms"] = peers
@@ -257,20 +262,29 @@ def _measure(
 def _once(
     call: Call, exact: torch.Tensor, plain: float, before: int, device: torch.device
 ) -> dict[str, Any]:
-    """How far a call's output is from fp32, its memory, and the host's time for it."""
+    """How far a call's output is from fp32, and its memory."""
     for _ in range(2):
         out = call()
     error = _distance(out, exact)
     right = error <= _WORSE * plain + 1e-6
     result = {"status": "ok" if right else "wrong", "error": error, "plain_error": plain}
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        del out
+        _allocated(device)
         torch.cuda.reset_peak_memory_stats()
         call()
         peak = torch.cuda.max_memory_allocated() - before
         result["peak_mb"] = round(peak / 2**20, 1)
-        result["host_ms"] = round(host_time_us(call) / 1e3, 4)
     return result
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of the GPU that hold something, without what only waits for Python's collector."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def _prepare(

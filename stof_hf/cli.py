@@ -552,6 +552,40 @@ def bench_decode(
     console.print(decode.table(data))
 
 
+@bench_app.command("generate")
+def bench_generate(
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as sdpa,stof; all by default.")
+    ] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 30,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time a step of generation of models of 1B parameters, with a static cache, in CUDA graphs.
+
+    LLaMA behind 4,096 tokens, and Mistral with a window of 1,024 behind 16,384.
+    The exit status is 1 where a contestant raised or computed something else.
+    """
+    from .bench import generate
+    from .bench.attention import default_device
+
+    names = contestants.split(",") if contestants else list(generate.CONTESTANTS)
+    data = generate.run(
+        contestants=names, device=default_device(device), budget_s=budget_s, json_path=json_path
+    )
+    console.print(generate.table(data))
+    failed = [
+        f"{name}: {result['status']} {result.get('error')}"
+        for record in data["cells"]
+        for name, result in record["results"].items()
+        if result["status"] != "ok"
+    ]
+    for text in failed:
+        console.print(text, style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
 @cache_app.command("list")
 def cache_list() -> None:
     """Show all tuned results, and which hold here."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import concurrent.futures
 import gc
 import multiprocessing
-import statistics
 import sys
 import time
 import traceback
@@ -28,15 +27,13 @@ from ..errors import StofError
 from ..tuning import environment as tuned
 from .attention import FORMAT, describe, environment, load, save
 from .ceiling import ceiling_ms, products
-from .timing import host_time_us
+from .timing import host_time_us, turns_ms
 from .turns import autotune_in_turn, file_lock, measuring, preparing, turn
 from .zoo import ZOO, Problem, shapes_of
 
 __all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
 
 Call = Callable[[], torch.Tensor]
-#: Seconds that a contestant's turn takes at least, and its turns.
-_TURN_S, _TURNS = 0.05, 6
 #: An output may be so much farther from fp32 than the plain model in half precision is.
 _WORSE = 1.25
 
@@ -247,7 +244,7 @@ def _measure(
                     result |= {"status": "error", "error": describe(failure)}
                 result["prepare_s"] = round(time.monotonic() - begin, 1)
         with measuring(), turn(device):
-            for name, taken in _turns(calls, device).items():
+            for name, taken in turns_ms(calls, device).items():
                 results[name]["time_ms"] = round(taken, 4)
                 if device.type == "cuda":
                     results[name]["host_ms"] = round(host_time_us(calls[name]) / 1e3, 4)
@@ -353,32 +350,6 @@ def _reference(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
 
 def _distance(out: torch.Tensor, exact: torch.Tensor) -> float:
     return float((out.float() - exact).norm() / exact.norm())
-
-
-def _turns(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
-    """Milliseconds of a call: medians over turns, every other one in reverse order."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def timed(call: Call, count: int) -> float:
-        wait()
-        begin = time.perf_counter()
-        for _ in range(count):
-            call()
-        wait()
-        return (time.perf_counter() - begin) / count
-
-    # What a contestant's first call after another's has to set up is not to count.
-    counts = {
-        name: max(1, min(200, int(_TURN_S / min(timed(call, 1) for _ in range(4)))))
-        for name, call in calls.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(_TURNS):
-        for name in [*calls] if i % 2 == 0 else [*reversed(calls)]:
-            # The first call after another's finds caches and clocks as that left them.
-            timed(calls[name], 1)
-            times[name].append(timed(calls[name], counts[name]))
-    return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
 
 
 def table(data: dict[str, Any]) -> Table:

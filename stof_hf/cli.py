@@ -482,12 +482,24 @@ def bench_masks(
     console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
 
 
+# Options of the benchmarks of whole models.
+Models = Annotated[str | None, typer.Option(help="Such as bert_base,t5; all by default.")]
+Batches = Annotated[str | None, typer.Option(help="Only the cells of these batch sizes.")]
+
+
+def _zoo_cells(models: str | None, batch: str | None) -> list[Any]:
+    """Those of the models named, or of all, with the batch sizes named, or all."""
+    from .bench.zoo import ZOO, cells
+
+    sizes = _numbers(batch)
+    chosen = cells(models.split(",") if models else ZOO)
+    return [cell for cell in chosen if sizes is None or cell.batch in sizes]
+
+
 @bench_app.command("model")
 def bench_model(
-    models: Annotated[
-        str | None, typer.Option(help="Such as bert_base,t5; all by default.")
-    ] = None,
-    batch: Annotated[str | None, typer.Option(help="Only the cells of these batch sizes.")] = None,
+    models: Models = None,
+    batch: Batches = None,
     contestants: Annotated[
         str | None, typer.Option(help="Such as sdpa,tuned; all by default.")
     ] = None,
@@ -505,11 +517,8 @@ def bench_model(
     """
     from .bench import model
     from .bench.attention import default_device
-    from .bench.zoo import ZOO
 
-    sizes = _numbers(batch)
-    chosen = model.cells(models.split(",") if models else ZOO)
-    chosen = [cell for cell in chosen if sizes is None or cell.batch in sizes]
+    chosen = _zoo_cells(models, batch)
     names = contestants.split(",") if contestants else list(model.CONTESTANTS)
     failed = []
 

@@ -11,11 +11,8 @@ import gc
 import multiprocessing
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +22,19 @@ from torch import nn
 
 from ..errors import StofError
 from ..tuning import environment as tuned
-from .attention import FORMAT, describe, environment, load, save
+from .apart import told
+from .attention import FORMAT, describe, environment
 from .ceiling import ceiling_ms, products
+from .records import keep, kept, records, searched
 from .timing import host_time_us, turns_ms
-from .turns import autotune_in_turn, file_lock, measuring, preparing, turn
-from .zoo import ZOO, Problem, shapes_of
+from .turns import autotune_in_turn, measuring, preparing, turn
+from .zoo import ZOO, Cell, Problem
 
-__all__ = ["CONTESTANTS", "Cell", "cells", "run", "run_apart", "table"]
+__all__ = ["CONTESTANTS", "run", "run_apart", "table"]
 
 Call = Callable[[], torch.Tensor]
 #: An output may be so much farther from fp32 than the plain model in half precision is.
 _WORSE = 1.25
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model, batch size and number of tokens."""
-
-    model: str
-    batch: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -93,11 +83,6 @@ CONTESTANTS = {
 OURS = ("stof", "graphs", "attention", "fusion", "tuned")
 
 
-def cells(models: Iterable[str] = tuple(ZOO)) -> list[Cell]:
-    """Of the paper's end-to-end figure."""
-    return [Cell(name, *shape) for name in models for shape in shapes_of(name)]
-
-
 def run(
     chosen: Iterable[Cell], *, contestants: Iterable[str] = tuple(CONTESTANTS),
     device: torch.device, budget_s: float = 60, json_path: Path | None = None,
@@ -118,8 +103,7 @@ def run(
         )
     here, sources = environment(device), tuned.environment(device).sources
     data = {"format": FORMAT, **here, "cells": []}
-    known = _records(_kept(json_path, data))
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    known = records(kept(json_path, data))
     for cell in chosen:
         record = known.get(cell) or {"cell": asdict(cell), "results": {}}
         results = record["results"]
@@ -131,37 +115,13 @@ def run(
         if missing:
             beside = {"sdpa", *(_fastest(results, 2) if set(missing) & set(OURS) else ())}
             chosen_here = [n for n in CONTESTANTS if n in beside or n in missing]
-            results |= _measure(cell, chosen_here, dtype, device, budget_s, sources)
+            results |= _measure(cell, chosen_here, device, budget_s, sources)
         if "ceiling_ms" not in record:
-            problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+            problem = Problem.of(cell, device)
             with turn(device):
                 record["ceiling_ms"] = round(_ceiling(problem), 4)
-        data = _keep(record, json_path, data)
+        data = keep(record, json_path, data)
     return data
-
-
-def _kept(path: Path | None, empty: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds; raises StofError where that is of another device or other versions."""
-    if path is None or not path.exists():
-        return empty
-    data = load(path)
-    if any(data[name] != empty[name] for name in ("device", "versions")):
-        raise StofError(f"{path} holds results of other versions or of another device")
-    return data
-
-
-def _keep(record: dict[str, Any], path: Path | None, data: dict[str, Any]) -> dict[str, Any]:
-    """All results with a cell's, which other processes may have added to meanwhile."""
-    with file_lock(path) if path is not None else nullcontext():
-        cells = _records(data if path is None else _kept(path, {**data, "cells": []}))
-        cells[Cell(**record["cell"])] = record
-        data = {**data, "cells": list(cells.values())}
-        save(data, path)
-    return data
-
-
-def _records(data: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
-    return {Cell(**record["cell"]): record for record in data["cells"]}
 
 
 def _fastest(results: dict[str, Any], count: int) -> list[str]:
@@ -195,31 +155,21 @@ def run_apart(
             len(batch), mp_context=spawn, max_tasks_per_child=1
         ) as pool:
             running = {
-                pool.submit(partial(_run_alone, cell, device=device, **options)): cell
-                for cell in batch
+                pool.submit(told, run, [cell], device=device, **options): cell for cell in batch
             }
             for done in concurrent.futures.as_completed(running):
                 part, cell = done.result(), running[done]
-                record = _records(part)[cell]
+                record = records(part)[cell]
                 data = {**part, "cells": [*data["cells"], record]}
                 progress(cell, record)
     data["cells"].sort(key=lambda record: order.index(Cell(**record["cell"])))
     return data
 
 
-def _run_alone(cell: Cell, **options: Any) -> dict[str, Any]:
-    try:
-        return run([cell], **options)
-    except Exception as error:
-        # Some of torch.compile's errors cannot be sent to another process.
-        raise StofError("".join(traceback.format_exception(error))) from None
-
-
 def _measure(
-    cell: Cell, names: list[str], dtype: torch.dtype, device: torch.device, budget_s: float,
-    sources: str,
-) -> dict[str, Any]:  # fmt: skip
-    problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+    cell: Cell, names: list[str], device: torch.device, budget_s: float, sources: str
+) -> dict[str, Any]:
+    problem = Problem.of(cell, device)
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         autotune_in_turn(device)
@@ -229,7 +179,7 @@ def _measure(
         with preparing():
             with turn(device):
                 exact = _reference(problem, torch.float32)
-                plain = _distance(_reference(problem, dtype), exact)
+                plain = _distance(_reference(problem, problem.dtype), exact)
             for name in names:
                 begin = time.monotonic()
                 before = _allocated(device)
@@ -288,14 +238,11 @@ def _prepare(
     contestant: Contestant, problem: Problem, budget_s: float, result: dict[str, Any]
 ) -> Call:
     """A forward as a contestant computes it; what a search found goes to `result`."""
-    model = problem.model(contestant.attention)
     given = dict(problem.inputs)
     if contestant.attention == "stof":
-        import stof_hf
-
-        if (pattern := problem.pattern()) is not None:
-            stof_hf.set_pattern(model, pattern, kind="all", persist=False)
+        model = problem.sparse_model()
     else:
+        model = problem.model(contestant.attention)
         form = {"eager": "additive", "sdpa": "bool"}.get(contestant.attention, "flex")
         given |= problem.masks(form)
     if contestant.liger:
@@ -308,11 +255,7 @@ def _prepare(
 
         with turn(problem.device):
             report = stof_hf.tune(model, given, budget_s=budget_s, progress=False)
-        layers = [{**asdict(layer), "course": None} for layer in report.layers]
-        result["search"] = {
-            "seconds": round(report.seconds, 2), "measurements": report.measurements,
-            "layers": layers, "skipped": report.skipped,
-        }  # fmt: skip
+        result["search"] = searched(report)
     if "graphs" in contestant.ours:
         import stof_hf
 

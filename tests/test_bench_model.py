@@ -11,38 +11,18 @@ from collections import Counter
 import pytest
 import torch
 import transformers
+from small_zoo import SMALL, shrink, tokens
 
 from stof_hf import StofError
-from stof_hf.bench import apart, model, timing, turns, zoo
+from stof_hf.bench import apart, model, turns, zoo
 from stof_hf.bench.ceiling import ceiling_ms, products
 
-SMALL = {
-    "bert_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                  "intermediate_size": 96, "vocab_size": 99},
-    "gpt": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 99},
-    "llama_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                   "intermediate_size": 96, "vocab_size": 99},
-    "t5": {"num_layers": 2, "d_model": 64, "num_heads": 2, "d_kv": 32, "d_ff": 96,
-           "vocab_size": 99},
-    "vit_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                 "intermediate_size": 96},
-}  # fmt: skip
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name, options in SMALL.items():
-        entry = zoo.ZOO[name]
-        monkeypatch.setitem(
-            zoo.ZOO, name, zoo.Entry(entry.name, {**entry.options, **options},
-                                     *(getattr(entry, f) for f in ("lengths", "causal", "masked")))
-        )  # fmt: skip
-    monkeypatch.setattr(timing, "_TURN_S", 0.001)
-
-
-def tokens(name):
-    return 65 if name == "vit_base" else 96
+    shrink(monkeypatch)
 
 
 @pytest.mark.parametrize("name", SMALL)

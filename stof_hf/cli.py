@@ -542,6 +542,59 @@ def bench_model(
         raise typer.Exit(1)
 
 
+@bench_app.command("search")
+def bench_search(
+    models: Models = None,
+    batch: Batches = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 15,
+    seeds: Annotated[int, typer.Option(min=0, help="Random searches of a cell.")] = 3,
+    exhaustive: Annotated[
+        str | None,
+        typer.Option(help="Cells to search exhaustively, such as bert_base:1x128,vit_base:1x65."),
+    ] = None,
+    exhaustive_s: Annotated[
+        float, typer.Option("--exhaustive-budget", min=1, help="Seconds for each of these.")
+    ] = 600,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+) -> None:
+    """Measure the search: its time, a cache hit's, and what it finds beside random and exhaustive.
+
+    Build the CUDA kernels before (stof build): a search begins with empty caches but for them. An
+    exhaustive search takes hours where spaces are large; with --json, the same command goes on
+    where it stopped.
+    """
+    from .bench import search
+    from .bench.attention import default_device
+    from .bench.zoo import Cell
+
+    chosen = _zoo_cells(models, batch)
+    small = [Cell.parse(text) for text in exhaustive.split(",")] if exhaustive else []
+    if others := [str(cell) for cell in small if cell not in chosen]:
+        there = ", ".join(map(str, chosen))
+        raise StofError(f"{others[0]} is not among the cells that are measured: {there}")
+
+    def progress(cell: Any, record: dict[str, Any]) -> None:
+        found, ratios = record["search"], search.ratios(record)
+        text = f"{cell}: {found['seconds']} s, {found['measurements']} measurements"
+        text += f"; a hit {record['hit']['seconds']} s"
+        if "random" in ratios:
+            text += f"; the best random search takes {ratios['random']:.3f} times as long"
+        console.print(text, highlight=False, soft_wrap=True)
+        share = search.covered(record)
+        if share is not None and share < 1:
+            text = f"{cell}: the exhaustive search is not complete, {share:.1%} of its candidates"
+            console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    data = search.run(
+        chosen, progress, device=default_device(device), budget_s=budget_s, seeds=seeds,
+        exhaustive=small, exhaustive_s=exhaustive_s, json_path=json_path,
+    )  # fmt: skip
+    console.print(search.table(data))
+
+
 @bench_app.command("decode")
 def bench_decode(
     batch: Annotated[str | None, typer.Option(help="Batch sizes, such as 1,16.")] = None,

@@ -482,12 +482,24 @@ def bench_masks(
     console.print(building.table(building.run(names, lengths, device=where, json_path=json_path)))
 
 
+# Options of the benchmarks of whole models.
+Models = Annotated[str | None, typer.Option(help="Such as bert_base,t5; all by default.")]
+Batches = Annotated[str | None, typer.Option(help="Only the cells of these batch sizes.")]
+
+
+def _zoo_cells(models: str | None, batch: str | None) -> list[Any]:
+    """Those of the models named, or of all, with the batch sizes named, or all."""
+    from .bench.zoo import ZOO, cells
+
+    sizes = _numbers(batch)
+    chosen = cells(models.split(",") if models else ZOO)
+    return [cell for cell in chosen if sizes is None or cell.batch in sizes]
+
+
 @bench_app.command("model")
 def bench_model(
-    models: Annotated[
-        str | None, typer.Option(help="Such as bert_base,t5; all by default.")
-    ] = None,
-    batch: Annotated[str | None, typer.Option(help="Only the cells of these batch sizes.")] = None,
+    models: Models = None,
+    batch: Batches = None,
     contestants: Annotated[
         str | None, typer.Option(help="Such as sdpa,tuned; all by default.")
     ] = None,
@@ -505,11 +517,8 @@ def bench_model(
     """
     from .bench import model
     from .bench.attention import default_device
-    from .bench.zoo import ZOO
 
-    sizes = _numbers(batch)
-    chosen = model.cells(models.split(",") if models else ZOO)
-    chosen = [cell for cell in chosen if sizes is None or cell.batch in sizes]
+    chosen = _zoo_cells(models, batch)
     names = contestants.split(",") if contestants else list(model.CONTESTANTS)
     failed = []
 
@@ -531,6 +540,59 @@ def bench_model(
     console.print(model.table(data))
     if failed:
         raise typer.Exit(1)
+
+
+@bench_app.command("search")
+def bench_search(
+    models: Models = None,
+    batch: Batches = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 15,
+    seeds: Annotated[int, typer.Option(min=0, help="Random searches of a cell.")] = 3,
+    exhaustive: Annotated[
+        str | None,
+        typer.Option(help="Cells to search exhaustively, such as bert_base:1x128,vit_base:1x65."),
+    ] = None,
+    exhaustive_s: Annotated[
+        float, typer.Option("--exhaustive-budget", min=1, help="Seconds for each of these.")
+    ] = 600,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
+    ] = None,
+) -> None:
+    """Measure the search: its time, a cache hit's, and what it finds beside random and exhaustive.
+
+    Build the CUDA kernels before (stof build): a search begins with empty caches but for them. An
+    exhaustive search takes hours where spaces are large; with --json, the same command goes on
+    where it stopped.
+    """
+    from .bench import search
+    from .bench.attention import default_device
+    from .bench.zoo import Cell
+
+    chosen = _zoo_cells(models, batch)
+    small = [Cell.parse(text) for text in exhaustive.split(",")] if exhaustive else []
+    if others := [str(cell) for cell in small if cell not in chosen]:
+        there = ", ".join(map(str, chosen))
+        raise StofError(f"{others[0]} is not among the cells that are measured: {there}")
+
+    def progress(cell: Any, record: dict[str, Any]) -> None:
+        found, ratios = record["search"], search.ratios(record)
+        text = f"{cell}: {found['seconds']} s, {found['measurements']} measurements"
+        text += f"; a hit {record['hit']['seconds']} s"
+        if "random" in ratios:
+            text += f"; the best random search takes {ratios['random']:.3f} times as long"
+        console.print(text, highlight=False, soft_wrap=True)
+        share = search.covered(record)
+        if share is not None and share < 1:
+            text = f"{cell}: the exhaustive search is not complete, {share:.1%} of its candidates"
+            console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    data = search.run(
+        chosen, progress, device=default_device(device), budget_s=budget_s, seeds=seeds,
+        exhaustive=small, exhaustive_s=exhaustive_s, json_path=json_path,
+    )  # fmt: skip
+    console.print(search.table(data))
 
 
 @bench_app.command("padded")
@@ -574,6 +636,40 @@ def bench_decode(
     sizes = _numbers(batch) or decode.BATCH, _numbers(cached) or decode.CACHED
     data = decode.run(*sizes, device=default_device(device), json_path=json_path)
     console.print(decode.table(data))
+
+
+@bench_app.command("generate")
+def bench_generate(
+    contestants: Annotated[
+        str | None, typer.Option(help="Such as sdpa,stof; all by default.")
+    ] = None,
+    budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 30,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time a step of generation of models of 1B parameters, with a static cache, in CUDA graphs.
+
+    LLaMA behind 4,096 tokens, and Mistral with a window of 1,024 behind 16,384.
+    The exit status is 1 where a contestant raised or computed something else.
+    """
+    from .bench import generate
+    from .bench.attention import default_device
+
+    names = contestants.split(",") if contestants else list(generate.CONTESTANTS)
+    data = generate.run(
+        contestants=names, device=default_device(device), budget_s=budget_s, json_path=json_path
+    )
+    console.print(generate.table(data))
+    failed = [
+        f"{name}: {result['status']} {result.get('error')}"
+        for record in data["cells"]
+        for name, result in record["results"].items()
+        if result["status"] != "ok"
+    ]
+    for text in failed:
+        console.print(text, style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
 
 
 @cache_app.command("list")

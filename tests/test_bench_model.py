@@ -4,50 +4,31 @@ import contextlib
 import json
 import pickle
 import sys
+import threading
 import types
 from collections import Counter
 
 import pytest
 import torch
 import transformers
+from small_zoo import SMALL, shrink, tokens
 
 from stof_hf import StofError
-from stof_hf.bench import model, turns, zoo
+from stof_hf.bench import apart, model, turns, zoo
 from stof_hf.bench.ceiling import ceiling_ms, products
 
-SMALL = {
-    "bert_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                  "intermediate_size": 96, "vocab_size": 99},
-    "gpt": {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 99},
-    "llama_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                   "intermediate_size": 96, "vocab_size": 99},
-    "t5": {"num_layers": 2, "d_model": 64, "num_heads": 2, "d_kv": 32, "d_ff": 96,
-           "vocab_size": 99},
-    "vit_base": {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-                 "intermediate_size": 96},
-}  # fmt: skip
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    for name, options in SMALL.items():
-        entry = zoo.ZOO[name]
-        monkeypatch.setitem(
-            zoo.ZOO, name, zoo.Entry(entry.name, {**entry.options, **options},
-                                     *(getattr(entry, f) for f in ("lengths", "causal", "masked")))
-        )  # fmt: skip
-    monkeypatch.setattr(model, "_TURN_S", 0.001)
-
-
-def tokens(name):
-    return 65 if name == "vit_base" else 96
+    shrink(monkeypatch)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_all_apply_the_same_mask(name):
     names = ["eager", "sdpa", "stof", *(["default_sdpa"] if name == "bert_base" else [])]
-    cell = model.Cell(name, 2, tokens(name))
+    cell = zoo.Cell(name, 2, tokens(name))
     data = model.run([cell], contestants=names, device=CPU)
     results = data["cells"][0]["results"]
     assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(names, "ok"), results
@@ -57,7 +38,7 @@ def test_all_apply_the_same_mask(name):
 
 def test_a_mask_that_is_not_applied_is_noticed(monkeypatch):
     monkeypatch.setattr(zoo.Problem, "pattern", lambda self: None)
-    data = model.run([model.Cell("bert_base", 1, 96)], contestants=["stof"], device=CPU)
+    data = model.run([zoo.Cell("bert_base", 1, 96)], contestants=["stof"], device=CPU)
     assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
 
 
@@ -108,7 +89,7 @@ def test_liger_changes_its_own_model_only(monkeypatch):
     package = types.SimpleNamespace(apply_liger_kernel_to_llama=apply)
     monkeypatch.setitem(sys.modules, "liger_kernel", types.SimpleNamespace(transformers=package))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", package)
-    cell = model.Cell("llama_base", 1, 96)
+    cell = zoo.Cell("llama_base", 1, 96)
     data = model.run([cell], contestants=["liger", "sdpa"], device=CPU)
     results = data["cells"][0]["results"]
     assert {n: r["status"] for n, r in results.items()} == {"liger": "ok", "sdpa": "ok"}
@@ -123,22 +104,21 @@ def test_flex_attention_is_for_models_that_take_it():
     assert takes["bert_base"] and takes["llama_base"] and not takes["vit_base"]
 
 
-def test_an_error_reaches_another_process(monkeypatch):
+def test_an_error_reaches_another_process():
     class Unsendable(Exception):
         def __reduce__(self):
             raise TypeError("cannot be sent")
 
-    def run(*_, **__):
-        raise Unsendable("of a compiler")
+    def fail(cell):
+        raise Unsendable(f"of a compiler for {cell}")
 
-    monkeypatch.setattr(model, "run", run)
-    with pytest.raises(StofError, match="of a compiler") as caught:
-        model._run_alone(model.Cell("bert_base", 1, 96), device=CPU)
+    with pytest.raises(StofError, match="of a compiler for bert") as caught:
+        apart.told(fail, cell="bert")
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
 
 def test_results_are_completed(tmp_path, monkeypatch):
-    path, cell = tmp_path / "model.json", model.Cell("bert_base", 1, 96)
+    path, cell = tmp_path / "model.json", zoo.Cell("bert_base", 1, 96)
     model.run([cell], contestants=["eager", "stof"], device=CPU, json_path=path)
     first = json.loads(path.read_text())["cells"][0]["results"]
     other = types.SimpleNamespace(sources="another")
@@ -161,7 +141,7 @@ def test_a_contestant_that_fails_is_told_of(monkeypatch):
         raise ValueError("not today")
 
     monkeypatch.setattr(zoo.Problem, "pattern", fail)
-    data = model.run([model.Cell("bert_base", 1, 96)], contestants=["sdpa", "stof"], device=CPU)
+    data = model.run([zoo.Cell("bert_base", 1, 96)], contestants=["sdpa", "stof"], device=CPU)
     results = data["cells"][0]["results"]
     assert results["stof"]["status"] == "error" and "not today" in results["stof"]["error"]
     assert results["sdpa"]["status"] == "ok" and model.table(data).row_count == 1
@@ -170,7 +150,7 @@ def test_a_contestant_that_fails_is_told_of(monkeypatch):
 def test_each_cell_runs_in_a_process_of_its_own(tmp_path):
     seen = []
     data = model.run_apart(
-        [model.Cell("vit_base", 1, 17)], CPU, lambda cell, record: seen.append(cell),
+        [zoo.Cell("vit_base", 1, 17)], CPU, lambda cell, record: seen.append(cell),
         contestants=["sdpa"], json_path=tmp_path / "model.json",
     )  # fmt: skip
     assert data["cells"][0]["results"]["sdpa"]["status"] == "ok" and len(seen) == 1
@@ -178,12 +158,12 @@ def test_each_cell_runs_in_a_process_of_its_own(tmp_path):
 
 def test_processes_fill_one_table(tmp_path):
     path, seen = tmp_path / "model.json", []
-    cells = [model.Cell("vit_base", batch, 17) for batch in (1, 2)]
+    cells = [zoo.Cell("vit_base", batch, 17) for batch in (1, 2)]
     data = model.run_apart(
         cells, CPU, lambda cell, record: seen.append(cell), jobs=2, contestants=["sdpa"],
         json_path=path,
     )  # fmt: skip
-    assert [model.Cell(**record["cell"]) for record in data["cells"]] == cells
+    assert [zoo.Cell(**record["cell"]) for record in data["cells"]] == cells
     assert sorted(seen, key=lambda cell: cell.batch) == cells
     kept = {record["cell"]["batch"]: record for record in json.loads(path.read_text())["cells"]}
     assert kept == {record["cell"]["batch"]: record for record in data["cells"]}
@@ -210,11 +190,28 @@ def test_turns_may_be_nested(tmp_path):
         pass
 
 
+def test_what_is_measured_waits_for_what_is_prepared(tmp_path, monkeypatch):
+    monkeypatch.setattr(turns.tempfile, "gettempdir", lambda: str(tmp_path))
+    course = []
+
+    def measure():
+        with turns.measuring(), turns.measuring():
+            course.append("measured")
+
+    waiting = threading.Thread(target=measure)
+    with turns.preparing(), turns.preparing():
+        waiting.start()
+        waiting.join(0.2)
+        course.append("prepared")
+    waiting.join()
+    assert course == ["prepared", "measured"]
+
+
 def test_the_grid():
-    cells = model.cells()
+    cells = zoo.cells()
     assert len(cells) == 18
     with pytest.raises(StofError, match="no model is called 'bart'; there are bert_base"):
-        model.cells(["bart"])
-    assert model.Cell("vit_base", 8, 1025) in cells and model.Cell("t5", 16, 2048) in cells
+        zoo.cells(["bart"])
+    assert zoo.Cell("vit_base", 8, 1025) in cells and zoo.Cell("t5", 16, 2048) in cells
     sizes = {name: zoo.ZOO[name].config(2048) for name in ("bert_large", "llama_base")}
     assert all(isinstance(c, transformers.PreTrainedConfig) for c in sizes.values())

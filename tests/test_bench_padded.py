@@ -4,20 +4,18 @@ import json
 
 import pytest
 import torch
+from small_zoo import shrink
 
 from stof_hf import StofError
-from stof_hf.bench import model, padded, zoo
+from stof_hf.bench import padded
 from stof_hf.runtime import unpadded
 
-SMALL = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2,
-         "intermediate_size": 96, "vocab_size": 99}  # fmt: skip
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(zoo.ZOO, "bert_base", zoo.Entry("Bert", SMALL))
-    monkeypatch.setattr(model, "_TURN_S", 0.001)
+    shrink(monkeypatch)
 
 
 def run(names, **options):

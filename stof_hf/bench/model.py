@@ -7,15 +7,12 @@ included: that is what decides small shapes. Several processes may fill one tabl
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 import multiprocessing
-import statistics
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +22,19 @@ from torch import nn
 
 from ..errors import StofError
 from ..tuning import environment as tuned
-from .attention import FORMAT, describe, environment, load, save
+from .apart import told
+from .attention import FORMAT, describe, environment
 from .ceiling import ceiling_ms, products
-from .timing import host_time_us
-from .turns import autotune_in_turn, file_lock, turn
-from .zoo import ZOO, Problem, shapes_of
+from .records import keep, kept, records, searched
+from .timing import host_time_us, turns_ms
+from .turns import autotune_in_turn, measuring, preparing, turn
+from .zoo import ZOO, Cell, Problem
 
-__all__ = [
-    "CONTESTANTS", "Cell", "Contestant", "cells", "measure", "run", "run_apart", "table",
-]  # fmt: skip
+__all__ = ["CONTESTANTS", "Contestant", "measure", "run", "run_apart", "table"]
 
 Call = Callable[[], torch.Tensor]
-#: Seconds that a contestant's turn takes at least, and its turns.
-_TURN_S, _TURNS = 0.05, 6
 #: An output may be so much farther from fp32 than the plain model in half precision is.
 _WORSE = 1.25
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A model, batch size and number of tokens."""
-
-    model: str
-    batch: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -70,6 +56,7 @@ class Contestant:
 
     @property
     def is_ours(self) -> bool:
+        """Whether this package does something."""
         return self.attention == "stof" or bool(self.ours)
 
     def takes(self, model: str) -> bool:
@@ -81,6 +68,14 @@ class Contestant:
 CONTESTANTS = {
     "eager": Contestant("eager"),
     "sdpa": Contestant("sdpa"),
+    "liger": Contestant("sdpa", liger=True, only=("llama_base",)),
+    # Of ours, untuned; then what each part does by itself; then all.
+    "stof": Contestant("stof"),
+    "graphs": Contestant("sdpa", ours=("graphs",)),
+    "attention": Contestant("stof", ours=("graphs",)),
+    "fusion": Contestant("sdpa", ours=("tune", "graphs")),
+    "tuned": Contestant("stof", ours=("tune", "graphs")),
+    # Last, because what their graphs hold comes and goes while others' memory is counted.
     **{
         f"{mode}_{attention}": Contestant(
             f"{attention}_attention" if attention == "flex" else attention, mode,
@@ -89,20 +84,8 @@ CONTESTANTS = {
         for mode in ("default", "reduce-overhead", "max-autotune")
         for attention in ("sdpa", "flex")
     },
-    "liger": Contestant("sdpa", liger=True, only=("llama_base",)),
-    # Of ours, untuned; then what each part does by itself; then all.
-    "stof": Contestant("stof"),
-    "graphs": Contestant("sdpa", ours=("graphs",)),
-    "attention": Contestant("stof", ours=("graphs",)),
-    "fusion": Contestant("sdpa", ours=("tune", "graphs")),
-    "tuned": Contestant("stof", ours=("tune", "graphs")),
 }  # fmt: skip
 OURS = tuple(name for name, contestant in CONTESTANTS.items() if contestant.is_ours)
-
-
-def cells(models: Iterable[str] = tuple(ZOO)) -> list[Cell]:
-    """Of the paper's end-to-end figure."""
-    return [Cell(name, *shape) for name in models for shape in shapes_of(name)]
 
 
 def run(
@@ -125,8 +108,7 @@ def run(
         )
     sources = tuned.environment(device).sources
     data = {"format": FORMAT, **environment(device), "cells": []}
-    known = _records(_kept(json_path, data))
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    known = records(kept(json_path, data))
     for cell in chosen:
         record = known.get(cell) or {"cell": asdict(cell), "results": {}}
         results = record["results"]
@@ -138,38 +120,13 @@ def run(
         if missing:
             beside = {"sdpa", *(_fastest(results, 2) if set(missing) & set(OURS) else ())}
             here = {n: c for n, c in CONTESTANTS.items() if n in beside or n in missing}
-            problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
-            results |= measure(problem, here, budget_s, sources)
+            results |= measure(Problem.of(cell, device), here, budget_s, sources)
         if "ceiling_ms" not in record:
-            problem = Problem(cell.model, cell.batch, cell.tokens, dtype, device)
+            problem = Problem.of(cell, device)
             with turn(device):
                 record["ceiling_ms"] = round(_ceiling(problem), 4)
-        data = _keep(record, json_path, data)
+        data = keep(record, json_path, data)
     return data
-
-
-def _kept(path: Path | None, empty: dict[str, Any]) -> dict[str, Any]:
-    """What a file holds; raises StofError where that is of another device or other versions."""
-    if path is None or not path.exists():
-        return empty
-    data = load(path)
-    if any(data[name] != empty[name] for name in ("device", "versions")):
-        raise StofError(f"{path} holds results of other versions or of another device")
-    return data
-
-
-def _keep(record: dict[str, Any], path: Path | None, data: dict[str, Any]) -> dict[str, Any]:
-    """All results with a cell's, which other processes may have added to meanwhile."""
-    with file_lock(path) if path is not None else nullcontext():
-        cells = _records(data if path is None else _kept(path, {**data, "cells": []}))
-        cells[Cell(**record["cell"])] = record
-        data = {**data, "cells": list(cells.values())}
-        save(data, path)
-    return data
-
-
-def _records(data: dict[str, Any]) -> dict[Cell, dict[str, Any]]:
-    return {Cell(**record["cell"]): record for record in data["cells"]}
 
 
 def _fastest(results: dict[str, Any], count: int) -> list[str]:
@@ -193,72 +150,66 @@ def run_apart(
 
     Args:
         progress: is called with each cell that is done, and its record.
-        jobs: cells that are prepared side by side; the GPU measures for one of them at a time.
+        jobs: cells that are prepared side by side; when all of them are, they are measured.
     """
     spawn = multiprocessing.get_context("spawn")
-    data: dict[str, Any] = {"cells": []}
-    with concurrent.futures.ProcessPoolExecutor(
-        jobs, mp_context=spawn, max_tasks_per_child=1
-    ) as pool:
-        running = {
-            pool.submit(partial(_run_alone, cell, device=device, **options)): cell
-            for cell in chosen
-        }
-        for done in concurrent.futures.as_completed(running):
-            part, cell = done.result(), running[done]
-            record = _records(part)[cell]
-            data = {**part, "cells": [*data["cells"], record]}
-            progress(cell, record)
-    order = [*running.values()]
+    order, data = list(chosen), {"cells": []}
+    for begin in range(0, len(order), jobs):
+        batch = order[begin : begin + jobs]
+        with concurrent.futures.ProcessPoolExecutor(
+            len(batch), mp_context=spawn, max_tasks_per_child=1
+        ) as pool:
+            running = {
+                pool.submit(told, run, [cell], device=device, **options): cell for cell in batch
+            }
+            for done in concurrent.futures.as_completed(running):
+                part, cell = done.result(), running[done]
+                record = records(part)[cell]
+                data = {**part, "cells": [*data["cells"], record]}
+                progress(cell, record)
     data["cells"].sort(key=lambda record: order.index(Cell(**record["cell"])))
     return data
-
-
-def _run_alone(cell: Cell, **options: Any) -> dict[str, Any]:
-    try:
-        return run([cell], **options)
-    except Exception as error:
-        # Some of torch.compile's errors cannot be sent to another process.
-        raise StofError("".join(traceback.format_exception(error))) from None
 
 
 def measure(
     problem: Problem, contestants: Mapping[str, Contestant], budget_s: float, sources: str
 ) -> dict[str, Any]:
-    """Contestants' results by name; `run` says of what.
+    """What contestants take for a problem, and how exact they are, by name; see `run`.
 
     Args:
         sources: of this package, kept with what is ours.
     """
-    dtype, device = problem.dtype, problem.device
+    device = problem.device
     torch._dynamo.config.recompile_limit = 64
     if device.type == "cuda":
         autotune_in_turn(device)
+    calls: dict[str, Call] = {}
+    results: dict[str, Any] = {name: {} for name in contestants}
     with torch.no_grad():
-        with turn(device):
-            exact = _reference(problem, torch.float32)
-            plain = _distance(problem, _reference(problem, dtype), exact)
-        calls: dict[str, Call] = {}
-        results: dict[str, Any] = {}
-        for name, contestant in contestants.items():
-            begin = time.monotonic()
-            before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-            results[name] = result = {}
-            try:
-                call = _prepare(contestant, problem, budget_s, result)
-                call()
-                with turn(device):
-                    result |= _once(problem, call, exact, plain, before)
-                calls[name] = call
-            except Exception as failure:
-                result |= {"status": "error", "error": describe(failure)}
-            result["prepare_s"] = round(time.monotonic() - begin, 1)
-        with turn(device):
-            times = _turns(calls, device)
-        for name, taken in times.items():
-            results[name]["time_ms"] = round(taken, 4)
+        with preparing():
+            with turn(device):
+                exact = _reference(problem, torch.float32)
+                plain = _distance(problem, _reference(problem, problem.dtype), exact)
+            for name, contestant in contestants.items():
+                begin = time.monotonic()
+                before = _allocated(device)
+                result = results[name]
+                try:
+                    call = _prepare(contestant, problem, budget_s, result)
+                    call()
+                    with turn(device):
+                        result |= _once(problem, call, exact, plain, before)
+                    calls[name] = call
+                except Exception as failure:
+                    result |= {"status": "error", "error": describe(failure)}
+                result["prepare_s"] = round(time.monotonic() - begin, 1)
+        with measuring(), turn(device):
+            for name, taken in turns_ms(calls, device).items():
+                results[name]["time_ms"] = round(taken, 4)
+                if device.type == "cuda":
+                    results[name]["host_ms"] = round(host_time_us(calls[name]) / 1e3, 4)
     timed = {n: r["time_ms"] for n, r in results.items() if "time_ms" in r}
-    peers = {n: t for n, t in timed.items() if not contestants[n].is_ours}
+    peers = {n: taken for n, taken in timed.items() if not contestants[n].is_ours}
     for name, result in results.items():
         result["peers_ms"] = peers
         if contestants[name].is_ours:
@@ -269,34 +220,40 @@ def measure(
 def _once(
     problem: Problem, call: Call, exact: torch.Tensor, plain: float, before: int
 ) -> dict[str, Any]:
-    """How far a call's output is from fp32, its memory, and the host's time for it."""
+    """How far a call's output is from fp32, and its memory."""
     for _ in range(2):
         out = call()
     error = _distance(problem, out, exact)
     right = error <= _WORSE * plain + 1e-6
     result = {"status": "ok" if right else "wrong", "error": error, "plain_error": plain}
     if problem.device.type == "cuda":
-        torch.cuda.synchronize()
+        del out
+        _allocated(problem.device)
         torch.cuda.reset_peak_memory_stats()
         call()
         peak = torch.cuda.max_memory_allocated() - before
         result["peak_mb"] = round(peak / 2**20, 1)
-        result["host_ms"] = round(host_time_us(call) / 1e3, 4)
     return result
+
+
+def _allocated(device: torch.device) -> int:
+    """Bytes of the GPU that hold something, without what only waits for Python's collector."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_allocated()
 
 
 def _prepare(
     contestant: Contestant, problem: Problem, budget_s: float, result: dict[str, Any]
 ) -> Call:
     """A forward as a contestant computes it; what a search found goes to `result`."""
-    model = problem.model(contestant.attention)
     given = dict(problem.inputs)
     if contestant.attention == "stof":
-        import stof_hf
-
-        if (pattern := problem.pattern()) is not None:
-            stof_hf.set_pattern(model, pattern, kind="all", persist=False)
+        model = problem.sparse_model()
     else:
+        model = problem.model(contestant.attention)
         form = {"eager": "additive", "sdpa": "bool"}.get(contestant.attention, "flex")
         given |= problem.masks(form)
     if contestant.liger:
@@ -313,11 +270,7 @@ def _prepare(
 
         with turn(problem.device):
             report = stof_hf.tune(model, given, budget_s=budget_s, progress=False)
-        layers = [{**asdict(layer), "course": None} for layer in report.layers]
-        result["search"] = {
-            "seconds": round(report.seconds, 2), "measurements": report.measurements,
-            "layers": layers, "skipped": report.skipped,
-        }  # fmt: skip
+        result["search"] = searched(report)
     if "graphs" in contestant.ours:
         import stof_hf
 
@@ -356,32 +309,6 @@ def _reference(problem: Problem, dtype: torch.dtype) -> torch.Tensor:
 def _distance(problem: Problem, out: torch.Tensor, exact: torch.Tensor) -> float:
     out, exact = problem.real(out), problem.real(exact)
     return float((out.float() - exact).norm() / exact.norm())
-
-
-def _turns(calls: dict[str, Call], device: torch.device) -> dict[str, float]:
-    """Milliseconds of a call: medians over turns, every other one in reverse order."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def timed(call: Call, count: int) -> float:
-        wait()
-        begin = time.perf_counter()
-        for _ in range(count):
-            call()
-        wait()
-        return (time.perf_counter() - begin) / count
-
-    # What a contestant's first call after another's has to set up is not to count.
-    counts = {
-        name: max(1, min(200, int(_TURN_S / min(timed(call, 1) for _ in range(4)))))
-        for name, call in calls.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(_TURNS):
-        for name in [*calls] if i % 2 == 0 else [*reversed(calls)]:
-            # The first call after another's finds caches and clocks as that left them.
-            timed(calls[name], 1)
-            times[name].append(timed(calls[name], counts[name]))
-    return {name: statistics.median(taken) * 1e3 for name, taken in times.items()}
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -1,13 +1,17 @@
-"""Several processes prepare cells side by side, and one at a time has the GPU to measure.
+"""Several processes prepare cells side by side; what they measure, they measure undisturbed.
 
-Compiling a model with max-autotune keeps a core busy for a minute and the GPU for a few seconds.
-What other processes run once meanwhile, a first call, may still fall into a turn: hence medians.
+Compiling a model with max-autotune keeps a core busy for minutes and the GPU for seconds. A time of
+the GPU alone needs the GPU: processes take turns. A time that counts the host's part, too, needs
+cores that nothing else heats or takes: it waits until no process prepares, and none begins to.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import tempfile
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, wraps
 from pathlib import Path
@@ -16,7 +20,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-__all__ = ["autotune_in_turn", "file_lock", "turn"]
+__all__ = ["autotune_in_turn", "file_lock", "measuring", "preparing", "turn"]
 
 
 def turn(device: torch.device) -> AbstractContextManager[object]:
@@ -38,7 +42,32 @@ def _held(name: str) -> AbstractContextManager[object]:
 
 @cache
 def _lock(name: str) -> FileLock:
-    return FileLock(Path(tempfile.gettempdir()) / f"stof-bench-{name}.lock")
+    return FileLock(_file(name))
+
+
+def _file(name: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"stof-bench-{name}.lock"
+
+
+def preparing() -> AbstractContextManager[None]:
+    """While any process of this machine is in here, none is in `measuring`."""
+    return _together("preparing", "measuring")
+
+
+def measuring() -> AbstractContextManager[None]:
+    """While any process of this machine is in here, none is in `preparing`."""
+    return _together("measuring", "preparing")
+
+
+@contextlib.contextmanager
+def _together(these: str, others: str) -> Iterator[None]:
+    """With all that do the same, and with nobody who does the other."""
+    with _file(these).open("w") as mine, _file(others).open("w") as theirs:
+        # Closing the file that is held by all ends that.
+        fcntl.flock(theirs, fcntl.LOCK_EX)
+        fcntl.flock(mine, fcntl.LOCK_SH)
+        fcntl.flock(theirs, fcntl.LOCK_UN)
+        yield
 
 
 @cache
@@ -49,8 +78,9 @@ def autotune_in_turn(device: torch.device) -> None:
     measure = benchmarker.benchmark_gpu
 
     @wraps(measure)
-    def measure_in_turn(*args: Any, **kwargs: Any) -> float:
+    def measure_in_turn(call: Any, *args: Any, **kwargs: Any) -> float:
+        call()  # A kernel's first call may compile it.
         with turn(device):
-            return measure(*args, **kwargs)
+            return measure(call, *args, **kwargs)
 
     benchmarker.benchmark_gpu = measure_in_turn

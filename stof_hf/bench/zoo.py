@@ -1,7 +1,9 @@
-"""The models of `stof bench model`: those of the paper's end-to-end figure, with random weights."""
+"""Models of benchmarks: those of the paper's end-to-end figure, with random weights."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +12,13 @@ import torch
 import transformers
 from torch import nn
 
+import stof_hf
+
 from ..errors import StofError
 from ..masks.patterns import Causal, Custom, Pattern
 from .masks import bench_mask
 
-__all__ = ["SHAPES", "ZOO", "Entry", "Problem", "shapes_of"]
+__all__ = ["SHAPES", "ZOO", "Cell", "Entry", "Problem", "cells", "shapes_of"]
 
 #: (batch size, tokens); images of a ViT are sized so that its tokens are near.
 SHAPES = ((1, 128), (8, 512), (16, 2048))
@@ -76,6 +80,34 @@ def shapes_of(name: str) -> tuple[tuple[int, int], ...]:
     return tuple((batch, (_IMAGES[tokens] // _PATCH) ** 2 + 1) for batch, tokens in SHAPES)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A model, batch size and number of tokens.
+
+    >>> print(Cell.parse("bert_base:1x128"))
+    bert_base:1x128
+    """
+
+    model: str
+    batch: int
+    tokens: int
+
+    @classmethod
+    def parse(cls, text: str) -> Cell:
+        """Read what `str` gives; raises StofError for anything else."""
+        if not (found := re.fullmatch(r"(\w+):(\d+)x(\d+)", text)):
+            raise StofError(f"{text!r} is no cell: write MODEL:BATCHxTOKENS, as bert_base:1x128")
+        return cls(found[1], int(found[2]), int(found[3]))
+
+    def __str__(self) -> str:
+        return f"{self.model}:{self.batch}x{self.tokens}"
+
+
+def cells(models: Iterable[str] = tuple(ZOO)) -> list[Cell]:
+    """Of the paper's end-to-end figure."""
+    return [Cell(name, *shape) for name in models for shape in shapes_of(name)]
+
+
 def _known(name: str) -> None:
     if name not in ZOO:
         raise StofError(f"no model is called {name!r}; there are {', '.join(ZOO)}")
@@ -109,6 +141,12 @@ class Problem:
             pixels = torch.randn(batch, self.config.num_channels, side, side, generator=noise)
             self.inputs = {"pixel_values": pixels.to(device, dtype)}
 
+    @classmethod
+    def of(cls, cell: Cell, device: torch.device) -> Problem:
+        """A cell's: in fp16 on a GPU, in fp32 on the CPU."""
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        return cls(cell.model, cell.batch, cell.tokens, dtype, device)
+
     def model(self, implementation: str, dtype: torch.dtype | None = None) -> nn.Module:
         """The model in evaluation mode; its weights are always the same.
 
@@ -121,6 +159,13 @@ class Problem:
                 deepcopy(self.config), attn_implementation=implementation
             )
         return made.to(dtype or self.dtype).eval()
+
+    def sparse_model(self) -> nn.Module:
+        """The model with our attention, and the mask as its pattern in place of `masks`."""
+        made = self.model("stof")
+        if (pattern := self.pattern()) is not None:
+            stof_hf.set_pattern(made, pattern, kind="all", persist=False)
+        return made
 
     def masks(self, form: str, dtype: torch.dtype | None = None) -> dict[str, Any]:
         """What the model is called with besides `inputs`, so that it applies the mask.

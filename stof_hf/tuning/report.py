@@ -36,6 +36,7 @@ class LayerReport:
             not measured.
         kept: whether it is used: only where it is faster.
         course: (measurements, the layer's time by then).
+        measurements: of segments, all that the search took.
         note: why it is not kept, or where it comes from.
     """
 
@@ -49,6 +50,7 @@ class LayerReport:
     baseline_us: float | None
     kept: bool
     course: tuple[tuple[int, float], ...] = ()
+    measurements: int = 0
     note: str = ""
 
 

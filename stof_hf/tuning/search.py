@@ -45,6 +45,7 @@ class Result:
         runs: of the scheme's segments.
         unfused: times of the operators one by one, as PyTorch computes them.
         course: (measurements so far, the layer's time by then), whenever it fell.
+        measurements: all that the search took.
         interrupted: whether somebody pressed Ctrl-C.
     """
 
@@ -52,6 +53,7 @@ class Result:
     runs: tuple[Run, ...]
     unfused: tuple[float, ...]
     course: list[tuple[int, float]]
+    measurements: int
     interrupted: bool = False
 
     @property
@@ -130,7 +132,7 @@ class Search:
             (self.scheme, Scheme.unfused(self.names)), key=lambda scheme: self.cost(scheme)
         )
         runs = tuple(self.best[bounds] for bounds in self.scheme.bounds)
-        return Result(self.scheme, runs, unfused, self.course, interrupted)
+        return Result(self.scheme, runs, unfused, self.course, self.count, interrupted)
 
     def is_attention(self, bounds: Bounds) -> bool:
         return self.names[slice(*bounds)] in (("attention",), ("cross attention",))
@@ -189,11 +191,13 @@ class Search:
             self.course.append((self.count, now))
         self.progress(self.count, min(now, self.course[-1][1] if self.course else now))
 
-    def measure_all(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
+    def measure_all(
+        self, candidates: Iterable[tuple[Bounds, str, Params]], at_once: int = BATCH
+    ) -> None:
         """Measure as many as there is time for, compiling several at once."""
         rest = list(candidates)
         while rest and not self.over():
-            batch, rest = rest[:BATCH], rest[BATCH:]
+            batch, rest = rest[:at_once], rest[at_once:]
             self.measurer.prepare({
                 self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in batch
             })  # fmt: skip
@@ -211,18 +215,17 @@ class Search:
         )
 
     def analytical(self) -> Scheme:
-        """The scheme between whose segments the fewest bytes go through memory.
-
-        Only schemes count in which each segment has a template of its own, or no other way.
-        """
-
+        """The scheme between whose segments the fewest bytes go through memory."""
         columns = list(_columns(self.sample))
 
         def traffic(scheme: Scheme) -> tuple[int, int]:
             return sum(columns[border] for border in scheme.borders), len(scheme.sizes)
 
-        possible = [s for s in schemes(self.names) if all(map(self.computable, s.bounds))]
-        return min(possible or [self.scheme], key=traffic)
+        return min(self.schemes() or [self.scheme], key=traffic)
+
+    def schemes(self) -> list[Scheme]:
+        """Every scheme whose segments can be computed here."""
+        return [s for s in schemes(self.names) if all(map(self.computable, s.bounds))]
 
     def computable(self, bounds: Bounds) -> bool:
         return any(self.start(bounds, name) is not None for name in self.templates(bounds))

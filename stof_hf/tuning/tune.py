@@ -252,7 +252,7 @@ def _judge(sample: Sample, result: Result, measurer: Measurer) -> LayerReport:
     return LayerReport(
         sample.kind, len(sample.layers), sample.shape[0], sample.tokens, result.scheme.bits,
         segments, None if math.isinf(ours) else ours, None if math.isinf(own) else own, not note,
-        tuple(result.course), note,
+        tuple(result.course), result.measurements, note,
     )  # fmt: skip
 
 

@@ -1,0 +1,73 @@
+"""stof bench generate, in small, on the CPU."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from stof_hf.bench import generate
+from stof_hf.errors import StofError
+
+CPU = torch.device("cpu")
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8,
+    "num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 60,
+}  # fmt: skip
+CELLS = [
+    generate.Cell("llama_1b", 2, 70), generate.Cell("mistral_1b", 1, 90),
+    generate.Cell("mistral_1b", 1, 90, whole=False),
+]  # fmt: skip
+
+
+def options(cell):
+    return {**SMALL, **({"sliding_window": 40} if "mistral" in cell.model else {})}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_contestants_compute_the_same(cell, tmp_path):
+    path = tmp_path / "generate.json"
+    data = generate.run(
+        [cell], ["sdpa", "stof", "stof tuned"], device=CPU, options=options(cell), budget_s=1,
+        json_path=path,
+    )  # fmt: skip
+    results = data["cells"][0]["results"]
+    assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(results, "ok"), results
+    assert all(r["time_ms"] > 0 for r in results.values()) and path.exists()
+    assert generate.table(data).row_count == 1
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=str)
+def test_steps_follow_each_other_and_begin_again(cell, monkeypatch):
+    monkeypatch.setattr(generate, "_ROOM", 3)
+    model = generate._model(cell, "stof", torch.float32, CPU, options(cell))
+    step = generate._Step(cell, model, CPU)
+    with torch.no_grad():
+        seen = [step() for _ in range(4)]
+    assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[3])
+
+
+def test_another_model_is_found_out(monkeypatch):
+    cell = CELLS[0]
+    right = generate._model
+
+    def other(cell, implementation, *args):
+        model = right(cell, implementation, *args)
+        if implementation == "stof":
+            torch.nn.init.ones_(model.lm_head.weight)
+        return model
+
+    monkeypatch.setattr(generate, "_model", other)
+    data = generate.run([cell], ["stof"], device=CPU, options=options(cell))
+    assert data["cells"][0]["results"]["stof"]["status"] == "wrong"
+
+
+def test_windows_are_read_from_the_cache():
+    for whole, kept in ((True, 90 + generate._ROOM), (False, 40)):
+        cell = dataclasses.replace(CELLS[1], whole=whole)
+        model = generate._model(cell, "sdpa", torch.float32, CPU, options(cell))
+        assert generate._Step(cell, model, CPU).cache.layers[0].keys.shape[2] == kept
+
+
+def test_contestants_have_names():
+    with pytest.raises(StofError, match="no contestant is called 'vllm'; there are sdpa"):
+        generate.run(contestants=["vllm"], device=CPU)

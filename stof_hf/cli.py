@@ -508,7 +508,7 @@ def bench_model(
     jobs: Annotated[int, typer.Option(help="Cells that are prepared side by side.")] = 1,
     prepare_s: Annotated[
         float,
-        typer.Option("--prepare", help="Seconds after which a cell's rest is left for later."),
+        typer.Option("--prepare", help="Seconds; a cell's rest is for the next run."),
     ] = math.inf,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     json_path: Annotated[

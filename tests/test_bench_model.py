@@ -6,8 +6,8 @@ import pickle
 import sys
 import threading
 import types
-from dataclasses import asdict
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch

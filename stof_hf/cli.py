@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -505,6 +506,10 @@ def bench_model(
     ] = None,
     budget_s: Annotated[float, typer.Option("--budget", help="Seconds to tune a cell for.")] = 60,
     jobs: Annotated[int, typer.Option(help="Cells that are prepared side by side.")] = 1,
+    prepare_s: Annotated[
+        float,
+        typer.Option("--prepare", help="Seconds; a cell's rest is for the next run."),
+    ] = math.inf,
     device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
     json_path: Annotated[
         Path | None, typer.Option("--json", help="Results; a file that exists is completed.")
@@ -535,7 +540,7 @@ def bench_model(
     where = default_device(device)
     data = model.run_apart(
         chosen, where, progress, jobs=jobs, contestants=names, budget_s=budget_s,
-        json_path=json_path,
+        prepare_s=prepare_s, json_path=json_path,
     )  # fmt: skip
     console.print(model.table(data))
     if failed:

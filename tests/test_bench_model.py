@@ -7,6 +7,7 @@ import sys
 import threading
 import types
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -134,6 +135,23 @@ def test_results_are_completed(tmp_path, monkeypatch):
     assert then["stof"]["sources"] == "another" != first["stof"]["sources"]
     with pytest.raises(StofError, match="no contestant is called 'slow'"):
         model.run([cell], contestants=["slow"], device=CPU)
+
+
+def test_what_there_is_no_time_for_is_left_for_the_next_run(tmp_path):
+    path, cell = tmp_path / "model.json", zoo.Cell("bert_base", 1, 96)
+    for prepare_s, there in ((0, set()), (60, {"eager", "sdpa"})):
+        data = model.run(
+            [cell], contestants=["eager", "sdpa"], device=CPU, prepare_s=prepare_s, json_path=path
+        )
+        assert set(data["cells"][0]["results"]) == there
+
+
+def test_the_best_peer_may_have_run_in_another_process():
+    ours = {"time_ms": 2.0, "status": "ok", "peers_ms": {"sdpa": 6.0, "eager": 9.0}}
+    results = {"tuned": ours, "eager": {"time_ms": 5.0}, "sdpa": {"time_ms": 5.5}}
+    for later, ratio in (({}, "3.00"), ({"max-autotune_sdpa": {"time_ms": 3.0}}, "1.50")):
+        record = {"cell": asdict(zoo.Cell("gpt", 1, 128)), "results": {**results, **later}}
+        assert [*model.table({"cells": [record]}).columns[-1].cells] == [ratio]
 
 
 def test_a_contestant_that_fails_is_told_of(monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import gc
+import math
 import multiprocessing
 import sys
 import time
@@ -90,7 +91,8 @@ OURS = tuple(name for name, contestant in CONTESTANTS.items() if contestant.is_o
 
 def run(
     chosen: Iterable[Cell], *, contestants: Iterable[str] = tuple(CONTESTANTS),
-    device: torch.device, budget_s: float = 60, json_path: Path | None = None,
+    device: torch.device, budget_s: float = 60, prepare_s: float = math.inf,
+    json_path: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure cells, and return the results, which are also kept in `json_path`.
 
@@ -100,6 +102,8 @@ def run(
 
     Args:
         budget_s: seconds for `stof_hf.tune` in a cell.
+        prepare_s: seconds after which no other contestant of a cell is prepared: the next run
+            finds it missing.
     """
     names = list(contestants)
     if unknown := set(names) - set(CONTESTANTS):
@@ -120,7 +124,7 @@ def run(
         if missing:
             beside = {"sdpa", *(_fastest(results, 2) if set(missing) & set(OURS) else ())}
             here = {n: c for n, c in CONTESTANTS.items() if n in beside or n in missing}
-            results |= measure(Problem.of(cell, device), here, budget_s, sources)
+            results |= measure(Problem.of(cell, device), here, budget_s, prepare_s, sources)
         if "ceiling_ms" not in record:
             problem = Problem.of(cell, device)
             with turn(device):
@@ -172,8 +176,9 @@ def run_apart(
 
 
 def measure(
-    problem: Problem, contestants: Mapping[str, Contestant], budget_s: float, sources: str
-) -> dict[str, Any]:
+    problem: Problem, contestants: Mapping[str, Contestant], budget_s: float, prepare_s: float,
+    sources: str,
+) -> dict[str, Any]:  # fmt: skip
     """What contestants take for a problem, and how exact they are, by name; see `run`.
 
     Args:
@@ -184,7 +189,8 @@ def measure(
     if device.type == "cuda":
         autotune_in_turn(device)
     calls: dict[str, Call] = {}
-    results: dict[str, Any] = {name: {} for name in contestants}
+    results: dict[str, Any] = {}
+    start = time.monotonic()
     with torch.no_grad():
         with preparing():
             with turn(device):
@@ -192,8 +198,10 @@ def measure(
                 plain = _distance(problem, _reference(problem, problem.dtype), exact)
             for name, contestant in contestants.items():
                 begin = time.monotonic()
+                if begin - start > prepare_s:
+                    break
                 before = _allocated(device)
-                result = results[name]
+                results[name] = result = {}
                 try:
                     call = _prepare(contestant, problem, budget_s, result)
                     call()
@@ -313,7 +321,7 @@ def _distance(problem: Problem, out: torch.Tensor, exact: torch.Tensor) -> float
 
 def table(data: dict[str, Any]) -> Table:
     """Milliseconds a forward, a row a cell; then its products alone, and how many times as fast as
-    the best peer that ran beside it ours is."""
+    the best peer ours is: by the peer's time beside it, where it ran beside it."""
     shown = Table(
         "model", "B", "tokens", *CONTESTANTS, "products", "times the best peer",
         title="ms a forward",
@@ -322,7 +330,8 @@ def table(data: dict[str, Any]) -> Table:
         times = {n: r["time_ms"] for n, r in record["results"].items() if "time_ms" in r}
         row = [f"{times[n]:.3f}" if n in times else "-" for n in CONTESTANTS]
         ratio = "-"
-        if "tuned" in times and (peers := record["results"]["tuned"]["peers_ms"]):
+        peers = {n: taken for n, taken in times.items() if n not in OURS}
+        if "tuned" in times and (peers := peers | record["results"]["tuned"]["peers_ms"]):
             ratio = f"{min(peers.values()) / times['tuned']:.2f}"
         ceiling = f"{record['ceiling_ms']:.3f}" if "ceiling_ms" in record else "-"
         shown.add_row(*map(str, record["cell"].values()), *row, ceiling, ratio)

@@ -6,6 +6,7 @@ Contestants take turns in one process, and every call is timed as a user calls i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def run(
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     problem = Padded("bert_base", batch, least, tokens, dtype, device)
     chosen = {name: CONTESTANTS[name] for name in names}
-    results = measure(problem, chosen, budget_s, tuned.environment(device).sources)
+    results = measure(problem, chosen, budget_s, math.inf, tuned.environment(device).sources)
     data = {
         "format": FORMAT, **environment(device), "model": problem.name, "tokens": tokens,
         "lengths": problem.lengths.tolist(), "results": results,

@@ -61,6 +61,27 @@ def test_images_have_graphs_of_their_own_shape(implementation):
     assert (recorder.captures, recorder.replays) == (2, 5)
 
 
+@pytest.mark.parametrize("name", ["vit", "bert", "llama"])
+def test_no_mask_is_made_where_there_is_none(name, monkeypatch):
+    attention, seen = nn.functional.scaled_dot_product_attention, []
+
+    def spy(*args, attn_mask=None, **options):
+        seen.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **options)
+
+    model, _, recorder = graphed(name, "sdpa")
+    inputs = inputs_of(model) if name == "vit" else {"input_ids": ids(2, 64)}
+    options = {} if name == "vit" else {"use_cache": False}
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", spy)
+    # As while a CUDA graph is captured.
+    monkeypatch.setattr(transformers.utils.import_utils, "is_cuda_stream_capturing", lambda: True)
+    with torch.no_grad():
+        model(**inputs, **options)
+        seen.clear()
+        model(**inputs, **options)
+    assert recorder.captures == 1 and seen and not any(mask is not None for mask in seen)
+
+
 @pytest.mark.parametrize("implementation", ["stof", "sdpa", "eager"])
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_whole_masks_have_graphs_where_plans_do_not_follow_from_them(name, implementation):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from ..fusion.install import in_use
 from ..masks.cache import noting
@@ -58,7 +61,7 @@ class Captured:
                 torch.autograd.graph.increment_version([*self._static.values()])
                 return forward(model, **self._static, **arguments)
 
-            with noting() as masks, padded():
+            with _no_mask_stays_none(), noting() as masks, padded():
                 self.recording = recorder.capture(run, device)
             self._held = [*map(_read_of, masks), *in_use(model)]
         self._size = None
@@ -83,6 +86,25 @@ class Captured:
                     torch._foreach_zero_(list(static))
                     self._targets = [x[: self._size[0], : self._size[1]] for x in static]
         torch._foreach_copy_(self._targets, [tensors[name] for name in self._static])
+
+
+_patching = threading.Lock()
+
+
+@contextlib.contextmanager
+def _no_mask_stays_none() -> Iterator[None]:
+    """Let Transformers leave out a mask that nobody gave, in a capture as outside.
+
+    Transformers 5.17 takes a capture for tracing, in which it makes a dense mask of ones, and with
+    it PyTorch's attention is several times as slow. What it asks of masks that are there stays.
+    """
+    with _patching:
+        own = masking_utils.is_tracing
+        masking_utils.is_tracing = lambda tensor=None: tensor is not None and own(tensor)
+        try:
+            yield
+        finally:
+            masking_utils.is_tracing = own
 
 
 class _NothingBefore:

@@ -44,6 +44,15 @@ def kept(drop, batch, heads, q_len, kv_len):
     return drop.kept(copies, torch.arange(q_len), words)[..., :kv_len]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return BACKENDS[request.param]
@@ -192,8 +201,8 @@ def test_the_mean_over_seeds_is_attention_without_dropout():
     q, k, v, _ = inputs(2, 2, 40, 70)
     mask = SparseMask.from_pattern(patterns.SlidingWindow(20, 5), 40, 70, q_offset=30)
     want = stof_hf.attention(q, k, v, mask)
-    draws = torch.stack([stof_hf.attention(q, k, v, mask, dropout_p=0.2) for _ in range(400)])
-    error = (draws.mean(0) - want) / (draws.std(0) / 400**0.5)
+    draws = torch.stack([stof_hf.attention(q, k, v, mask, dropout_p=0.2) for _ in range(200)])
+    error = (draws.mean(0) - want) / (draws.std(0) / 200**0.5)
     assert error.abs().max() < 6 and 0.9 < error.std() < 1.1
 
 

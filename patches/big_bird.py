@@ -115,7 +115,7 @@ def block_sparse(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`BigBirdBlockSparseAttention.forward`: ([B, S, E], None)."""
-    if leaves_to_own_code(self, 0.0):
+    if leaves_to_own_code(self):
         return original(
             self, hidden_states, band_mask, from_mask, to_mask, from_blocked_mask, to_blocked_mask,
             **kwargs,
@@ -144,7 +144,7 @@ def full(
     """`BigBirdSelfAttention.forward`: ([B, S, E], None)."""
     cross = encoder_hidden_states is not None
     mask = encoder_attention_mask if cross else attention_mask
-    if leaves_to_own_code(self, self.dropout.p):
+    if leaves_to_own_code(self):
         mask = _additive(mask, hidden_states.dtype)
         masks = (None, encoder_hidden_states, mask) if cross else (mask, None, None)
         return original(self, hidden_states, *masks, past_key_values, **kwargs)
@@ -159,7 +159,7 @@ def full(
             k, v = cache.update(k, v, self.layer_idx)
     q = _heads(self, self.query(hidden_states))
     # The model's masks say it all; None is all.
-    out, _ = stof_attention(self, q, k, v, mask, is_causal=False)
+    out, _ = stof_attention(self, q, k, v, mask, self.dropout.p, is_causal=False)
     return out.flatten(2), None
 
 

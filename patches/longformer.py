@@ -148,7 +148,7 @@ def attention(
     output_attentions: bool = False,
 ) -> tuple[torch.Tensor, ...]:
     """`LongformerSelfAttention.forward` for sequences of any length: ([B, S, E],)."""
-    if leaves_to_own_code(self, self.dropout, output_attentions):
+    if leaves_to_own_code(self, output_attentions):
         return _own_code(
             self, original, hidden_states, attention_mask, is_index_masked, is_index_global_attn,
             is_global_attn, output_attentions,
@@ -162,13 +162,13 @@ def attention(
     tokens, k, v = layout.tokens, self.key(hidden_states), self.value(hidden_states)
     if layout.gathered:
         k, v = (_with_global_keys(x, tokens, layout.gathered) for x in (k, v))
-    q = self.query(hidden_states)
-    out = attend(heads(q), heads(k), heads(v), near)
+    q, dropout_p = self.query(hidden_states), self.dropout if self.training else 0.0
+    out = attend(heads(q), heads(k), heads(v), near, dropout_p=dropout_p)
     if tokens is not None:
         flat = hidden_states.reshape(batch * size, -1)
         q = self.query_global(flat.index_select(0, tokens.index))
         k, v = self.key_global(hidden_states), self.value_global(hidden_states)
-        found = attend(heads(q), heads(k), heads(v), everywhere).flatten(0, 1)
+        found = attend(heads(q), heads(k), heads(v), everywhere, dropout_p=dropout_p).flatten(0, 1)
         if tokens.slots is not None:
             found = found.index_select(0, tokens.slots)
         # Backward needs what the op returned, so that it is written over in inference only.

@@ -103,10 +103,7 @@ def attention(
 ) -> tuple[torch.Tensor, ...]:
     """`forward` of both kinds of layers: ([B, S, E], position bias)."""
     alone = mask is None or (position_bias is None and not self.has_relative_attention_bias)
-    if leaves_to_own_code(self, self.dropout, output_attentions) or alone:
-        if position_bias is not None and position_bias.ndim == 3:
-            # Made by a layer that did not run its own code, without the mask.
-            position_bias = position_bias + _additive(mask)
+    if leaves_to_own_code(self, output_attentions) or alone:
         return original(self, hidden_states, mask, position_bias, output_attentions)
 
     (batch, size, _), length = hidden_states.shape, self.block_len
@@ -129,7 +126,10 @@ def attention(
     k, v = seen(self.k), seen(self.v)
     q = F.pad(q, (0, 0, 0, -size % length)).reshape(-1, length, self.inner_dim)
     bias = position_bias[None] if position_bias.ndim == 3 else position_bias.flatten(0, 1)
-    out = attend(heads(q), heads(k), heads(v), layout.near, scale=1.0, bias=bias)
+    out = attend(
+        heads(q), heads(k), heads(v), layout.near,
+        scale=1.0, bias=bias, dropout_p=self.dropout if self.training else 0.0,
+    )  # fmt: skip
     if layout.padding is not None:
         # To padding all keys look alike, or it sees only those side keys that sum no token.
         mean = v.mean(1, keepdim=True)

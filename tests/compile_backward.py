@@ -27,11 +27,14 @@ from stof_hf.attention.backward import gradient_like
 #: Shared memory of a block by compute capability, for heads of up to 128 and for larger ones: what
 #: compiles for 8.0 runs on 8.6 and 8.9, too, which have less.
 MEMORY = {90: (227 << 10, 227 << 10), 80: (99 << 10, 163 << 10)}
-#: Batch, heads that share keys, queries, whether there is padding, a softcap, and the pattern.
+#: Batch, heads that share keys, queries, whether there is padding, a softcap, the threshold of
+#: dropout, and the pattern.
 SHAPES = (
-    (1, 1, 1024, False, 0.0, patterns.Longformer(40, (0,))),
-    (8, 4, 1024, False, 0.0, patterns.Causal()),
-    (1, 4, 700, True, 30.0, patterns.Longformer(40, (0,))),
+    (1, 1, 1024, False, 0.0, 0, patterns.Longformer(40, (0,))),
+    (8, 4, 1024, False, 0.0, 0, patterns.Causal()),
+    (1, 4, 700, True, 30.0, 0, patterns.Longformer(40, (0,))),
+    (8, 1, 1024, False, 0.0, 6554, patterns.Causal()),
+    (1, 4, 700, True, 30.0, 6554, patterns.Longformer(40, (0,))),
 )
 
 
@@ -55,12 +58,12 @@ def compiled(kernel, tensors, capability):
     return found.metadata.shared, registers, spilled, ptx.count("wgmma.mma_async"), warnings
 
 
-def launches(call, grad, q, k, v, mask):
+def launches(call, grad, q, k, v, mask, seed):
     """(kernel, the tensors in front of its arguments)"""
     floats = torch.empty(4)
     made = [gradient_like(x) for x in (q, k, v)]
     valid = floats if mask.kv_valid is None else mask.kv_valid.view(torch.int32)
-    yield call.main, (q, k, v, grad, floats, *made, floats, floats, valid)
+    yield call.main, (q, k, v, grad, floats, *made, floats, floats, valid, seed)
     yield call.statistics, (grad, grad, floats, floats)
     if call.split:
         yield call.sum, (*made, floats, floats)
@@ -71,7 +74,7 @@ def cases():
     for capability, (memory, more) in MEMORY.items():
         gradients.shared_memory = lambda device, memory=more: memory
         gradients.has_much_shared_memory = lambda device, memory=more: memory >= 227 << 10
-        for dtype, dim, (batch, group, length, padded, softcap, pattern) in product(
+        for dtype, dim, (batch, group, length, padded, softcap, dropout, pattern) in product(
             (torch.float16, torch.float32), (64, 128, 256), SHAPES
         ):
             q, k = (
@@ -84,12 +87,14 @@ def cases():
             mask = SparseMask.from_pattern(pattern, length, padding=valid)
             grad = q.transpose(1, 2)
             made = [gradient_like(x) for x in (q, k, k)]
-            call = triton_backward._Call(grad, q, k, k, *made, mask, 0.1, softcap, False)
-            for kernel, tensors in launches(call, grad, q, k, k, mask):
+            call = triton_backward._Call(grad, q, k, k, *made, mask, 0.1, softcap, False, dropout)
+            seed = torch.zeros(1).long() if dropout else None
+            for kernel, tensors in launches(call, grad, q, k, k, mask, seed):
                 if kernel is not call.main and (dim, dtype) != (128, torch.float16):
                     continue
                 name = f"{kernel.fn.fn.__name__} {length}x{dim} {dtype} group={group}"
                 name += f" {type(pattern).__name__} padded={padded} softcap={softcap}"
+                name += f" dropout={dropout}"
                 limit = more if dim > 128 else memory
                 yield f"sm_{capability} {name}", capability, limit, kernel, tensors
 

@@ -23,13 +23,15 @@ from stof_hf.attention.triton_launch import Kernel
 
 #: Shared memory of a block by compute capability.
 MEMORY = {90: 227 << 10, 89: 99 << 10}
-#: Queries, padding, bias.
+#: Queries, padding, bias, and the threshold of dropout.
 SHAPES = (
-    (1, False, False),
-    (1, False, True),
-    (1, True, True),
-    (12, False, False),
-    (700, True, True),
+    (1, False, False, 0),
+    (1, False, True, 0),
+    (1, True, True, 0),
+    (12, False, False, 0),
+    (700, True, True, 0),
+    (700, False, False, 6554),
+    (700, True, True, 6554),
 )
 #: Batches, query lengths, key lengths, of calls that should share a kernel.
 SHARED = {
@@ -58,14 +60,14 @@ def compiled(kernel: Kernel, tensors: tuple[torch.Tensor, ...], capability: int)
     return triton.compile(source, target=target, options=options).metadata.shared
 
 
-def launches(call, q, k, mask, bias):
+def launches(call, q, k, mask, bias, seed=None):
     """(kernel, the tensors in front of its arguments)"""
     out, lse = call.outputs(q)
     rows = hasattr(call, "takes")
-    starts = (mask.row_start, mask.col_start) if rows else ()
+    more = (mask.row_start, mask.col_start) if rows else (seed,)
     part = torch.empty(4) if (call.splits > 1 if rows else call.split) else lse
     optional = call.optional(mask, bias, None, lse)
-    yield call.main, (q, k, k, out, lse, part, part, *optional, *starts)
+    yield call.main, (q, k, k, out, lse, part, part, *optional, *more)
     if part is not lse:
         yield call.merge, (out, lse, part, part, optional[2])
 
@@ -96,7 +98,7 @@ def calls():
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory
         backend.overlaps = lambda device, hopper=capability >= 90: hopper
-        for dtype, dim, (q_len, padded, bias) in product(
+        for dtype, dim, (q_len, padded, bias, dropout) in product(
             (torch.float16, torch.float32), (64, 128, 256), SHAPES
         ):
             q, k = (torch.zeros(1, n, s, dim, dtype=dtype) for n, s in ((5, q_len), (1, 700)))
@@ -105,9 +107,15 @@ def calls():
                 padding=torch.ones(1, 700, dtype=torch.bool) if padded else None,
             )  # fmt: skip
             added = torch.zeros(1, 1, 1, 700) if bias else None
-            call = backend.prepare(q, k, k, mask, added, None, 0.1, 0.0, False, False)
-            main, tensors = next(launches(call, q, k, mask, added))
-            shape = f"{q_len}x{dim} {dtype} padded={padded} bias={bias}"
+            rest, seed = (q, k, k, mask, added, None, 0.1, 0.0, False), None
+            if not dropout:
+                call = backend.prepare(*rest, False)
+            elif select.fits_block_wise(q, dim):
+                call, seed = backend.prepare_dropout(dropout, *rest), torch.zeros(1).long()
+            else:
+                continue
+            main, tensors = next(launches(call, q, k, mask, added, seed))
+            shape = f"{q_len}x{dim} {dtype} padded={padded} bias={bias} dropout={dropout}"
             yield f"sm_{capability} {type(call).__name__} {shape}", capability, main, tensors
 
 

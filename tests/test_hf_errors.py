@@ -270,22 +270,22 @@ def test_sentence_transformers(tmp_path: Path) -> None:
     assert close(sparse, model.encode(sentences, convert_to_tensor=True))
 
 
-def test_dropout_in_training() -> None:
-    model = small_bert().train()
-    with pytest.raises(UnsupportedError, match="attention dropout 0.1 in training"):
-        model(input_ids=IDS)
-    small_bert(attention_probs_dropout_prob=0.0).train()(input_ids=IDS)
-    model.eval()(input_ids=IDS)
-
-
-def test_fallback_for_dropout() -> None:
-    model = small_bert().train()
-    model.config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}
+def test_dropout_is_for_training_alone() -> None:
+    model = small_bert(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    reference = small_bert("eager", attention_probs_dropout_prob=0.5)
+    assert close(run(model, input_ids=IDS), run(reference, input_ids=IDS))
+    model.train()
+    torch.manual_seed(3)
+    first, second = run(model, input_ids=IDS), run(model, input_ids=IDS)
+    torch.manual_seed(3)
+    assert torch.equal(run(model, input_ids=IDS), first) and not close(first, second)
+    # What falls back in evaluation drops nothing either.
+    layer = model.eval().encoder.layer[0].attention.self
+    layer.config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}
+    q = torch.randn(1, 1, 8, 264)
     with pytest.warns(StofWarning, match="falling back to sdpa"):
-        model(input_ids=IDS)[0].sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model(input_ids=IDS)
+        outs = [stof_attention(layer, q, q, q, None, dropout=0.5)[0] for _ in range(2)]
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -206,7 +206,9 @@ def test_opcheck(mask, extras):
     q, k, v = (x.requires_grad_() for x in plain())
     bias = torch.randn(130, 130, requires_grad=True) if extras else None
     sinks = torch.randn(4, requires_grad=True) if extras else None
-    args = (q, k, v, *op_arguments(q, k, mask), bias, sinks, 0.25, 5.0 if extras else 0.0)
+    dropout = (torch.tensor([7]), 6554) if extras else (None, 0)
+    softcap = 5.0 if extras else 0.0
+    args = (q, k, v, *op_arguments(q, k, mask), bias, sinks, *dropout, 0.25, softcap)
     torch.library.opcheck(torch.ops.stof.attention.default, args)
 
 

@@ -310,10 +310,12 @@ def test_gradients_of_bias_and_sinks_come_from_elsewhere():
 def test_every_kernel_compiles_and_fits():
     """For GPUs that need not be here: into shared memory, and on Hopper into registers."""
     found = without_a_gpu("compile_backward.py")
-    assert len(found) >= 28
+    assert len(found) >= 45
     assert not wrong(found), wrong(found)
     assert any("sum_kernel" in case[0] for case in found)
     for name, _, _, _, spilled, products, warnings in found:
         if "sm_90 gradients_kernel" in name and "float16" in name and "softcap=0.0" in name:
             assert products > 0 and not warnings, name
-            assert spilled <= 128 or "x256 " in name, name
+            # Of two blocks a multiprocessor with heads of 128, dropout takes the last registers.
+            budget = 320 if "x128 " in name and "dropout=6554" in name else 128
+            assert spilled <= budget or "x256 " in name, name

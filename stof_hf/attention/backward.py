@@ -1,7 +1,8 @@
 """Gradients of attention, recomputed block by block with plain torch.
 
 Standard flash backward (Dao et al., 2022, arXiv 2205.14135): with P = exp(S - lse) and
-delta = rowsum(dO * O), dV = P^T dO, dS = P * (dO V^T - delta). A block is a few tile rows against
+delta = rowsum(dO * O), dV = P^T dO, dS = P * (dO V^T - delta); with dropout's factors M, zeros for
+what it drops, dV = (P * M)^T dO, dS = P * (M * dO V^T - delta). A block is a few tile rows against
 the key tiles that are stored for them, so memory follows the mask, never Sq x Sk.
 """
 
@@ -14,6 +15,7 @@ import torch
 from ..masks import bits
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
+from .dropout import Dropout
 
 _BLOCK_ROWS = 4 * TILE
 
@@ -30,6 +32,7 @@ def backward(
     sinks: torch.Tensor | None,
     scale: float,
     softcap: float,
+    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of (q, k, v, bias, sinks), in their dtypes; None for an absent bias or sinks.
 
@@ -51,6 +54,8 @@ def backward(
     if bias is not None:
         bias = bias[(None,) * (4 - bias.ndim)]
         dbias = torch.zeros(bias.shape, device=q.device)
+
+    copies = torch.arange(batch * heads, device=q.device).view(batch, heads)
 
     def fold(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(1, (kv_heads, group)).flatten(2, 3)
@@ -74,8 +79,12 @@ def backward(
         if allowed is not None:
             p = p.masked_fill(~allowed, 0)
         dp = (fold(gb) @ vb.transpose(-1, -2)).unflatten(2, (group, n)).flatten(1, 2)
+        weights = p
+        if dropout is not None:
+            kept = _kept(dropout, copies, rows, keys)
+            weights, dp = dropout.scale * (p * kept), dp.mul_(kept).mul_(dropout.scale)
         ds = p * (dp - delta[:, :, rows, None])
-        dv.index_add_(2, keys, fold(p).transpose(-1, -2) @ fold(gb))
+        dv.index_add_(2, keys, fold(weights).transpose(-1, -2) @ fold(gb))
         if dbias is not None:
             _add_part(dbias, ds, rows, keys)
         ds = fold(ds * slope)
@@ -102,6 +111,13 @@ def sink_gradient(sinks: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor) -
     """Gradient of sinks [H]; lse and delta = rowsum(dO O) are fp32 [B, H, Sq]."""
     share = torch.exp(sinks.float()[None, :, None] - lse.masked_fill(lse == -torch.inf, 0.0))
     return -(share * delta).sum((0, 2)).to(sinks.dtype)
+
+
+def _kept(dropout: Dropout, copies: torch.Tensor, rows: slice, keys: torch.Tensor) -> torch.Tensor:
+    """Of a block of `blocks`, what dropout keeps: bool [B, H, rows, keys]."""
+    at = torch.arange(rows.start, rows.stop, device=keys.device)
+    # Keys come as whole tiles, of which only the last may be cut short.
+    return dropout.kept(copies, at, keys[::32] >> 5)[..., : len(keys)]
 
 
 def _part(bias: torch.Tensor, rows: slice, keys: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Attention under a SparseMask in plain torch operations, a few tile rows of queries at a time.
 
-The cpu backend's path where no C++ compiler is found. Only keys that some of these queries attend
-to are gathered, and at most a block of them is scored at once.
+The cpu backend's path for dropout, and where no C++ compiler is found. Only keys that some of these
+queries attend to are gathered, and at most a block of them is scored at once.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from ..masks import bits
 from ..masks.bits import TILE
 from ..masks.sparse_mask import FULL, SparseMask
+from .dropout import Dropout
 
 _ROWS = 2 * TILE
 _KEYS = 512
@@ -29,6 +30,7 @@ def forward(
     sinks: torch.Tensor | None,
     scale: float,
     softcap: float,
+    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `cpu.forward`, which checks the arguments."""
     batch, heads, q_len, _ = q.shape
@@ -43,6 +45,7 @@ def forward(
     # A weight of 0 does not silence NaN or infinity: such values take a slower product.
     finite = bool(v.isfinite().all())
 
+    copies = torch.arange(batch * heads, device="cpu").view(batch, heads)
     for b, h in _groups(mask, batch, heads):
         kv_heads = torch.arange(heads, device="cpu")[h] // (heads // k.shape[1])
         keys, values = k[b, kv_heads], v[b, kv_heads]
@@ -63,10 +66,15 @@ def forward(
                     scores += bias[b, h, rows][..., cols]
                 if not keep.all():
                     scores.masked_fill_(~keep, _NO_KEY)
-                state.add(scores, values[:, :, cols].float(), finite)
+                kept = None
+                if dropout is not None:
+                    here = torch.arange(rows.start, rows.stop, device="cpu")
+                    kept = _kept(dropout, copies[b, h], here, index[part : part + _KEYS])
+                state.add(scores, values[:, :, cols].float(), finite, kept)
             if sinks is not None:
                 state.add_sink(sinks[h].float())
-            out.transpose(1, 2)[b, h, rows], lse[b, h, rows] = state.result()
+            result, lse[b, h, rows] = state.result()
+            out.transpose(1, 2)[b, h, rows] = result if dropout is None else dropout.scale * result
     return out, lse
 
 
@@ -86,12 +94,19 @@ class _Softmax:
         self.top, self.sum, self.out = top, self.sum * factor, self.out * factor[..., None]
         return base
 
-    def add(self, scores: torch.Tensor, values: torch.Tensor, finite: bool) -> None:
-        """Take in a block of scores, which are overwritten."""
+    def add(
+        self, scores: torch.Tensor, values: torch.Tensor, finite: bool, kept: torch.Tensor | None
+    ) -> None:
+        """Take in a block of scores, which are overwritten.
+
+        Values that are not kept count in the denominator alone.
+        """
         seen = None if finite else scores != _NO_KEY
         base = self._raise(torch.maximum(self.top, scores.amax(-1)))
         weights = scores.sub_(base[..., None]).exp_()
         self.sum += weights.sum(-1)
+        if kept is not None:
+            weights.mul_(kept)
         if seen is None:
             self.out += weights @ values
             return
@@ -107,6 +122,14 @@ class _Softmax:
     def result(self) -> tuple[torch.Tensor, torch.Tensor]:
         none = self.sum == 0
         return self.out / self.sum.masked_fill(none, 1)[..., None], self.top + self.sum.log()
+
+
+def _kept(
+    dropout: Dropout, copies: torch.Tensor, rows: torch.Tensor, keys: torch.Tensor
+) -> torch.Tensor:
+    """What dropout keeps of ascending keys: bool [*copies.shape, rows, keys]."""
+    words, place = torch.unique_consecutive(keys >> 5, return_inverse=True)
+    return dropout.kept(copies, rows, words)[..., _as_slice(place * 32 + keys % 32)]
 
 
 def _groups(mask: SparseMask | None, batch: int, heads: int) -> Iterator[tuple[slice, slice]]:

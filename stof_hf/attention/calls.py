@@ -28,19 +28,23 @@ def forward(
     name: str, prepare: Prepare, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
     mask: SparseMask | None, *, bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None, scale: float, softcap: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run what `prepare` makes of such a call; returns (out [B, Sq, H, Dv], lse fp32 [B, H, Sq]).
 
     Args:
         name: under which the mask keeps the prepared calls.
         prepare: (q, k, v, mask, bias, sinks, scale, softcap, on_device) -> an object that is called
-            with (q, k, v, mask, bias, sinks). on_device: nothing may be read back to the host.
+            with (q, k, v, mask, bias, sinks), and with the seed where there is one. on_device:
+            nothing may be read back to the host.
+        seed: of dropout, int64 [1].
     """
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return forward(
-                name, prepare, q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap
-            )
+                name, prepare, q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap,
+                seed=seed,
+            )  # fmt: skip
     if mask is None:
         mask = mask_for(FULL_PATTERN, q.shape[-2], k.shape[-2], device=q.device)
     valid = mask.kv_valid
@@ -69,6 +73,8 @@ def forward(
         # What a capture computes belongs to its graph.
         if not capturing:
             calls[key] = call
+    if seed is not None:
+        return call(q, k, v, mask, bias, sinks, seed)
     return call(q, k, v, mask, bias, sinks)
 
 

@@ -21,6 +21,7 @@ from ..kernels.threads import openmp
 from ..masks.sparse_mask import SparseMask
 from . import blocked
 from .checks import check
+from .dropout import Dropout
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _FLAGS = (
@@ -45,6 +46,7 @@ def forward(
     sinks: torch.Tensor | None = None,
     scale: float,
     softcap: float = 0.0,
+    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over the keys its mask allows.
 
@@ -55,6 +57,7 @@ def forward(
         bias: broadcastable to [B, H, Sq, Sk], added to the scores after softcap.
         sinks: [H], one more logit of each row's softmax, without a value.
         scale: factor of the scores. softcap: scores become softcap * tanh(score / softcap) if > 0.
+        dropout: which probabilities are dropped; torch operations compute such calls.
 
     Returns out [B, Sq, H, Dv] in q's dtype and lse fp32 [B, H, Sq]. A row without a key gives
     zeros; keys that a row may not attend to cannot change it, not even by NaN or infinity.
@@ -66,9 +69,12 @@ def forward(
     kv_heads, kv_len, value_dim = v.shape[1:]
     if mask is not None:
         _check_rows(mask, q_len)
-    library = _library()
+    library = _library() if dropout is None else None
     if library is None:
-        return blocked.forward(q, k, v, mask, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+        return blocked.forward(
+            q, k, v, mask,
+            bias=bias, sinks=sinks, scale=scale, softcap=softcap, dropout=dropout,
+        )  # fmt: skip
 
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = q.new_empty(batch, q_len, heads, value_dim)

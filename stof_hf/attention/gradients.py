@@ -8,6 +8,7 @@ import torch
 
 from ..masks.sparse_mask import SparseMask
 from . import backward as plain
+from .dropout import Dropout
 from .select import has_much_shared_memory, multiprocessors, shared_memory
 
 
@@ -28,7 +29,7 @@ class BackwardConfig:
 def backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, mask: SparseMask | None, bias: torch.Tensor | None,
-    sinks: torch.Tensor | None, scale: float, softcap: float,
+    sinks: torch.Tensor | None, scale: float, softcap: float, dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
     """Gradients of (q, k, v, bias, sinks), in their dtypes; None for an absent bias or sinks.
 
@@ -39,10 +40,12 @@ def backward(
         grad, out: [B, Sq, H, Dv]. lse: fp32 [B, H, Sq]. The rest as for the forward.
     """
     if not q.is_cuda or bias is not None or not supported(q, v, mask):
-        return plain.backward(grad, q, k, v, out, lse, mask, bias, sinks, scale, softcap)
+        return plain.backward(grad, q, k, v, out, lse, mask, bias, sinks, scale, softcap, dropout)
     from . import triton_backward
 
-    dq, dk, dv, delta = triton_backward.backward(grad, q, k, v, out, lse, mask, scale, softcap)
+    dq, dk, dv, delta = triton_backward.backward(
+        grad, q, k, v, out, lse, mask, scale, softcap, dropout
+    )
     dsinks = None if sinks is None else plain.sink_gradient(sinks, lse, delta)
     return dq, dk, dv, None, dsinks
 
@@ -55,12 +58,15 @@ def supported(q: torch.Tensor, v: torch.Tensor, mask: SparseMask | None) -> bool
     return config(q, max(16, 1 << (dim - 1).bit_length()), 0.0) is not None
 
 
-def config(q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0) -> BackwardConfig | None:
+def config(
+    q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0, dropout: bool = False
+) -> BackwardConfig | None:
     """Tiles of the Triton kernel; None where they do not fit into shared memory.
 
     Args:
         dim: head size padded to a power of 2.
         runs: share of the mask's tiles that lie in long runs of full ones.
+        dropout: blocks have 64 rows, as the tiles whose dropped elements a step works out.
     """
     processors = multiprocessors(q.device)
     hopper = has_much_shared_memory(q.device)
@@ -76,6 +82,9 @@ def config(q: torch.Tensor, dim: int, runs: float, softcap: float = 0.0) -> Back
         return BackwardConfig(64, 8, *((2, 1) if hopper else (1, unit)), None, processors)
     if not hopper:
         return BackwardConfig(64, 8, 2, unit, None, 2 * processors)
+    if dropout:
+        # As above, of one loop alone.
+        return BackwardConfig(64, 4, 2, 1, None, 2 * processors)
     if dim <= 64 and not softcap:
         # Three blocks a multiprocessor, for a few spilled registers; with a loop for runs of full
         # tiles there would be more.

@@ -13,6 +13,7 @@ from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
 from ..masks.sparse_mask import PLANS, STRUCTURE, SparseMask
 from . import select
+from .dropout import Dropout, draw_seed, threshold_of
 
 
 def attention(
@@ -25,6 +26,7 @@ def attention(
     softcap: float = 0.0,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """Scaled dot-product attention under a sparse mask.
 
@@ -37,6 +39,10 @@ def attention(
         softcap: if positive, scores become softcap * tanh(score / softcap).
         bias: added to the scores after that, broadcastable to [B, H, Sq, Sk].
         sinks: [H], a logit per head that takes part in the softmax and has no value.
+        dropout_p: probability with which each element of the softmax is dropped, the others being
+            multiplied by 1 / (1 - dropout_p); rounded to a multiple of 2**-16. Not for evaluation:
+            as in PyTorch's own function, a model passes 0 there. Each call draws one number from
+            torch's generator of the device.
 
     Returns:
         [B, H, Sq, Dv] in the query's dtype, stored as contiguous [B, Sq, H, Dv]. A query with no
@@ -44,7 +50,8 @@ def attention(
         the tensors are cast to its dtype first.
 
     Raises:
-        UnsupportedError: dtype, head size or device that no backend takes.
+        UnsupportedError: dtype, head size or device that no backend takes, or dropout_p outside
+            [0, 1).
         MaskError: the mask does not fit the tensors.
 
     >>> import torch, stof_hf
@@ -54,13 +61,15 @@ def attention(
     torch.Size([1, 2, 256, 64])
     """
     return attention_by_rows(
-        query, key, value, mask, scale, softcap=softcap, bias=bias, sinks=sinks
-    ).transpose(1, 2)
+        query, key, value, mask, scale,
+        softcap=softcap, bias=bias, sinks=sinks, dropout_p=dropout_p,
+    ).transpose(1, 2)  # fmt: skip
 
 
 def attention_by_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None,
     *, softcap: float, bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    dropout_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """`attention` as Transformers wants its result: [B, Sq, H, Dv]."""
     device_type = query.device.type
@@ -70,19 +79,23 @@ def attention_by_rows(
         with torch.autocast(device_type, enabled=False):
             return attention_by_rows(
                 query.to(dtype), key.to(dtype), value.to(dtype), mask, scale,
-                softcap=softcap, bias=bias, sinks=sinks,
+                softcap=softcap, bias=bias, sinks=sinks, dropout_p=dropout_p,
             )  # fmt: skip
     if scale is None:
         scale = query.shape[-1] ** -0.5
+    threshold = threshold_of(dropout_p) if dropout_p else 0
+    seed = draw_seed(query.device) if threshold else None
     if _plain(query, key, value, bias, sinks) and (mask is None or type(mask) is SparseMask):
         out, _ = select.forward(
             query, key, value, mask,
             bias=bias, sinks=sinks, scale=scale, softcap=softcap, with_lse=False,
+            dropout=None if seed is None else Dropout(seed, threshold),
         )  # fmt: skip
         return out
     out, _ = torch.ops.stof.attention(
-        query, key, value, *op_arguments(query, key, mask), bias, sinks, scale, softcap
-    )
+        query, key, value, *op_arguments(query, key, mask), bias, sinks, seed, threshold, scale,
+        softcap,
+    )  # fmt: skip
     return out
 
 
@@ -167,21 +180,26 @@ _PLACES: dict[tuple[int, int], tuple[weakref.ref, dict[Any, Any]]] = {}
     schema=(
         "(Tensor q, Tensor k, Tensor v, str pattern, Tensor[] mask, SymInt[] geometry, "
         "Tensor? kv_valid, Tensor? row_start, Tensor? col_start, Tensor? bias, Tensor? sinks, "
-        "float scale, float softcap) -> (Tensor, Tensor)"
+        "Tensor? seed, int threshold, float scale, float softcap) -> (Tensor, Tensor)"
     ),
 )
 def _attention(
-    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap
-):
+    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, seed, threshold,
+    scale, softcap,
+):  # fmt: skip
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
-    out, lse = select.forward(q, k, v, full, bias=bias, sinks=sinks, scale=scale, softcap=softcap)
+    dropout = None if seed is None else Dropout(seed, threshold)
+    out, lse = select.forward(
+        q, k, v, full, bias=bias, sinks=sinks, scale=scale, softcap=softcap, dropout=dropout
+    )
     return out.contiguous(), lse
 
 
 @_attention.register_fake
 def _(
-    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, scale, softcap
-):
+    q, k, v, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks, seed, threshold,
+    scale, softcap,
+):  # fmt: skip
     batch, heads, q_len, _ = q.shape
     out = q.new_empty(batch, q_len, heads, v.shape[-1])
     return out, q.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -193,25 +211,27 @@ def _(
     schema=(
         "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, str pattern, "
         "Tensor[] mask, SymInt[] geometry, Tensor? kv_valid, Tensor? row_start, Tensor? col_start, "
-        "Tensor? bias, Tensor? sinks, float scale, float softcap) -> Tensor[]"
+        "Tensor? bias, Tensor? sinks, Tensor? seed, int threshold, float scale, float softcap) "
+        "-> Tensor[]"
     ),
 )
 def _attention_backward(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
-    scale, softcap,
+    seed, threshold, scale, softcap,
 ):  # fmt: skip
     from .gradients import backward
 
     full = _mask_of(pattern, mask, geometry, kv_valid, row_start, col_start, q.device)
+    dropout = None if seed is None else Dropout(seed, threshold)
     with torch.autocast(q.device.type, enabled=False):
-        grads = backward(grad, q, k, v, out, lse, full, bias, sinks, scale, softcap)
+        grads = backward(grad, q, k, v, out, lse, full, bias, sinks, scale, softcap, dropout)
     return [g for g in grads if g is not None]
 
 
 @_attention_backward.register_fake
 def _(
     grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias, sinks,
-    scale, softcap,
+    seed, threshold, scale, softcap,
 ):  # fmt: skip
     from .backward import gradient_like
 
@@ -232,27 +252,31 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.
         col_start,
         bias,
         sinks,
+        seed,
+        threshold,
         scale,
         softcap,
     ) = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask)
-    ctx.rest = pattern, geometry, scale, softcap
+    ctx.save_for_backward(
+        q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, seed, *mask
+    )
+    ctx.rest = pattern, geometry, threshold, scale, softcap
 
 
 def _backward(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[Any, ...]:
-    q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, *mask = ctx.saved_tensors
-    pattern, geometry, scale, softcap = ctx.rest
+    q, k, v, out, lse, kv_valid, row_start, col_start, bias, sinks, seed, *mask = ctx.saved_tensors
+    pattern, geometry, threshold, scale, softcap = ctx.rest
     grads = torch.ops.stof.attention_backward(
         grad, q, k, v, out, lse, pattern, mask, geometry, kv_valid, row_start, col_start, bias,
-        sinks, scale, softcap,
+        sinks, seed, threshold, scale, softcap,
     )  # fmt: skip
     dq, dk, dv, *more = grads
     dbias = more.pop(0) if bias is not None else None
     dsinks = more.pop(0) if sinks is not None else None
     none = [None] * len(mask)
-    return dq, dk, dv, None, none, None, None, None, None, dbias, dsinks, None, None
+    return dq, dk, dv, None, none, *(4 * [None]), dbias, dsinks, *(4 * [None])
 
 
 torch.library.register_autograd("stof::attention", _backward, setup_context=_setup)

@@ -15,6 +15,7 @@ def reference_attention(
     softcap: float = 0.0,
     bias: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with S x S scores in memory, differentiable: what every backend is compared with.
@@ -24,6 +25,7 @@ def reference_attention(
         mask: bool, broadcastable to [B, H, Sq, Sk], True where attention is allowed; None for all.
         scale: 1 / sqrt(D) by default.
         softcap, bias, sinks: see `stof_hf.attention`.
+        factors: of dropout, [B, H, Sq, Sk]: what the softmax's probabilities are multiplied by.
         dtype: in which it computes.
 
     Returns:
@@ -47,4 +49,7 @@ def reference_attention(
     lse = torch.logsumexp(logits, -1)
     # exp(-inf - (-inf)) would be NaN, in the gradient too: an empty row takes any finite maximum.
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    return torch.exp(scores - finite[..., None]) @ v, lse
+    weights = torch.exp(scores - finite[..., None])
+    if factors is not None:
+        weights = weights * factors
+    return weights @ v, lse

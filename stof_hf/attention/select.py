@@ -13,6 +13,7 @@ from ..errors import BuildError, StofWarning, UnsupportedError
 from ..kernels.cuda_kernels import FAMILIES
 from ..masks.sparse_mask import SparseMask
 from . import calls
+from .dropout import Dropout
 from .granules import Layout
 from .model import BAND, BandForm, band_us, cudnn_us, launch_us
 from .plan import longest_row
@@ -26,22 +27,26 @@ _CUDNN_READS = 1.5e9
 
 def forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask | None, *,
-    with_lse: bool = True, **rest: Any,
+    with_lse: bool = True, dropout: Dropout | None = None, **rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run the backend of the tensors' device; see `attention.op` for the arguments.
 
-    Without with_lse the second result may be anything.
+    Without with_lse the second result may be anything. Of GPU kernels, Triton's take dropout.
 
     Raises UnsupportedError for devices that no backend serves.
     """
     kind = q.device.type
+    if kind == "cuda" and dropout is not None:
+        from . import triton
+
+        return triton.forward(q, k, v, mask, dropout=dropout, **rest)
     if kind == "cuda":
         name, prepare = _CALLS[with_lse]
         return calls.forward(name, prepare, q, k, v, mask, **rest)
     if kind == "cpu":
         from . import cpu
 
-        return cpu.forward(q, k, v, mask, **rest)
+        return cpu.forward(q, k, v, mask, dropout=dropout, **rest)
     raise UnsupportedError(
         f"device {q.device} has no stof backend: use a CUDA GPU or the CPU, or "
         'attn_implementation="sdpa"'
@@ -113,9 +118,12 @@ def use_row_wise(q: torch.Tensor, dim: int, mask: SparseMask) -> bool:
 
     It does for decoding, and for fp32 heads whose tiles would not fit into shared memory.
     """
-    if mask.is_view or q.shape[2] <= DECODE_ROWS:
-        return True
-    return q.dtype == torch.float32 and dim > (128 if has_much_shared_memory(q.device) else 64)
+    return mask.is_view or q.shape[2] <= DECODE_ROWS or not fits_block_wise(q, dim)
+
+
+def fits_block_wise(q: torch.Tensor, dim: int) -> bool:
+    """Whether tiles of Triton's block-wise kernel fit into shared memory; dim as above."""
+    return q.dtype != torch.float32 or dim <= (128 if has_much_shared_memory(q.device) else 64)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,19 @@ list, the grid, the compiled kernel. A later call allocates its outputs and laun
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 
+from ..errors import UnsupportedError
 from ..kernels.dependent import overlaps
 from ..masks.bits import TILE
 from ..masks.sparse_mask import SparseMask
 from . import calls, select
 from . import triton_kernels as kernels
+from .dropout import Dropout
 from .plan import (
     block_plan,
     device_block_plan,
@@ -39,11 +44,19 @@ def forward(
     sinks: torch.Tensor | None = None,
     scale: float,
     softcap: float = 0.0,
+    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `attention.op`; returns (out [B, Sq, H, Dv], lse fp32 [B, H, Sq])."""
+    name, make, seed = "triton calls", prepare, None
+    if dropout is not None:
+        name, seed = f"triton calls that drop {dropout.threshold}", dropout.seed
+        make = partial(prepare_dropout, dropout.threshold)
+        if mask is not None and mask.is_view:
+            # Of decoding, and the block-wise kernel reads masks that begin where a call does.
+            mask = SparseMask.from_dense(mask.to_dense())
     return calls.forward(
-        "triton calls", prepare, q, k, v, mask,
-        bias=bias, sinks=sinks, scale=scale, softcap=softcap,
+        name, make, q, k, v, mask,
+        bias=bias, sinks=sinks, scale=scale, softcap=softcap, seed=seed,
     )  # fmt: skip
 
 
@@ -55,6 +68,22 @@ def prepare(
     """See `calls.forward`."""
     make = _RowCall if select.use_row_wise(q, _padded(q, v), mask) else _BlockCall
     return make(q, k, v, mask, bias, sinks, scale, softcap, on_device, with_lse)
+
+
+def prepare_dropout(
+    threshold: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
+) -> _BlockCall:
+    """See `calls.forward`; block-wise whatever the mask.
+
+    Raises UnsupportedError where tiles do not fit into shared memory.
+    """
+    if not select.fits_block_wise(q, _padded(q, v)):
+        raise UnsupportedError(
+            f"attention dropout with heads of size {max(q.shape[3], v.shape[3])} as {q.dtype} does "
+            "not fit into shared memory: train in bf16 or fp16, or under torch.autocast, or set "
+            "the model's attention dropout to 0"
+        )
+    return _BlockCall(q, k, v, *rest, with_lse=True, dropout=threshold)
 
 
 def _padded(q: torch.Tensor, v: torch.Tensor) -> int:
@@ -126,15 +155,16 @@ class _BlockCall(_Common):
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
         bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
-        on_device: bool, with_lse: bool,
+        on_device: bool, with_lse: bool, dropout: int = 0,
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks, with_lse)
         copies = self.batch * self.heads
+        # What is dropped is known of tiles of 64 keys: runs of full ones are listed, too.
+        runs = 0.0 if on_device or dropout else run_share(mask)
+        config = select.block_config(q, _padded(q, v), runs)
         if on_device:
-            config = select.block_config(q, _padded(q, v), 0.0)
             plan = device_block_plan(mask)
         else:
-            config = select.block_config(q, _padded(q, v), run_share(mask))
             plan = block_plan(mask, config.rows, copies, config.workers, config.unit)
         self.plan, self.split = plan, plan.slots > 0
         n_items = plan.items.shape[1]
@@ -159,7 +189,7 @@ class _BlockCall(_Common):
             self.dim, self.v_dim, self.bd, self.bdv, plan.rows, config.unit, self.split,
             len(mask.row_ptr) > 1, self.whole, has_valid, softcap > 0,
             bias is not None, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
-            INTERPRETED, overlaps(q.device),
+            INTERPRETED, overlaps(q.device), dropout,
         )  # fmt: skip
         self.main = Kernel(
             kernels.block_kernel, grid, (plan.items, plan.steps, self.words, mask.pattern_id),
@@ -180,7 +210,7 @@ class _BlockCall(_Common):
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+        bias: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         out, lse = self.outputs(q)
         plan, part, part_ml = self.plan, lse, lse
@@ -189,7 +219,7 @@ class _BlockCall(_Common):
             part = torch.empty(n, plan.rows, self.bdv, dtype=torch.float32, device=q.device)
             part_ml = torch.empty(n, 2, plan.rows, dtype=torch.float32, device=q.device)
         valid, bias, sinks = self.optional(mask, bias, sinks, lse)
-        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks)
+        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks, more=(seed,))
         if self.split:
             self.merge(out, lse, part, part_ml, sinks)
         return out, lse
@@ -263,7 +293,7 @@ class _RowCall(_Common):
             part_ml = torch.empty(2 * n, dtype=torch.float32, device=q.device)
         valid, bias, sinks = self.optional(mask, bias, sinks, lse)
         starts = (mask.row_start, mask.col_start)
-        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks, starts=starts)
+        self.main(q, k, v, out, lse, part, part_ml, valid, bias, sinks, more=starts)
         if self.splits > 1:
             self.merge(out, lse, part, part_ml, sinks)
         return out, lse

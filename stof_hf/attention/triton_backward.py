@@ -19,6 +19,7 @@ from ..masks.sparse_mask import SparseMask
 from . import backward_plan, calls, gradients
 from . import triton_backward_kernels as kernels
 from .backward import gradient_like
+from .dropout import Dropout
 from .plan import run_share
 from .triton_launch import INTERPRETED, Kernel
 
@@ -34,6 +35,7 @@ _MOST_CALLS = 256
 def backward(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor,
     lse: torch.Tensor, mask: SparseMask | None, scale: float, softcap: float,
+    dropout: Dropout | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of q, k and v, laid out as `gradient_like` says, and rowsum(dO O), fp32 [B, H, Sq].
 
@@ -45,29 +47,33 @@ def backward(
     """
     if q.is_cuda and q.device.index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
-            return backward(grad, q, k, v, out, lse, mask, scale, softcap)
+            return backward(grad, q, k, v, out, lse, mask, scale, softcap, dropout)
     if mask is None:
         mask = mask_for(calls.FULL_PATTERN, q.shape[2], k.shape[2], device=q.device)
     made = gradient_like(q), gradient_like(k), gradient_like(v)
     grad, q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (grad, q, k, v))
     tensors = (grad, q, k, v)
     valid = mask.kv_valid
+    seed, threshold = (None, 0) if dropout is None else (dropout.seed, dropout.threshold)
     key = (
         *((x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0) for x in tensors),
-        *(x.stride() for x in made), scale, softcap, None if valid is None else valid.shape,
+        *(x.stride() for x in made), scale, softcap, threshold,
+        None if valid is None else valid.shape,
     )  # fmt: skip
     known = mask.plans.setdefault("triton backward calls", {})
     call = known.get(key)
     if call is None:
         capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
         on_device = capturing or "host_runs" not in mask.plans
-        call = keep(lambda: _Call(*tensors, *made, mask, scale, softcap, on_device), q.device)
+        call = keep(
+            lambda: _Call(*tensors, *made, mask, scale, softcap, on_device, threshold), q.device
+        )
         if len(known) >= _MOST_CALLS:
             known.clear()
         # What a capture computes belongs to its graph.
         if not capturing:
             known[key] = call
-    return *made, call(*tensors, *made, out, lse, mask)
+    return *made, call(*tensors, *made, out, lse, mask, seed)
 
 
 class _Call:
@@ -76,7 +82,7 @@ class _Call:
     def __init__(
         self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, mask: SparseMask, scale: float,
-        softcap: float, on_device: bool,
+        softcap: float, on_device: bool, dropout: int = 0,
     ):  # fmt: skip
         batch, heads, q_len, dim = q.shape
         kv_heads, kv_len, v_dim = k.shape[1], k.shape[2], v.shape[3]
@@ -89,7 +95,7 @@ class _Call:
             dk, dv = self._by_head(dq, dk), self._by_head(dq, dv)
         bd, bdv = (max(16, triton.next_power_of_2(n)) for n in (dim, v_dim))
         runs = 0.0 if on_device else run_share(mask)
-        config = gradients.config(q, max(bd, bdv), runs, softcap)
+        config = gradients.config(q, max(bd, bdv), runs, softcap, dropout > 0)
         assert config is not None, "gradients.backward asks first"
         rows, unit = (TILE, 0) if on_device else (config.rows, config.unit)
         plan = (
@@ -134,8 +140,7 @@ class _Call:
              self.padded, n_items_q, n_items_k, *slots, float(scale), float(softcap),
              dim, v_dim, bd, bdv, rows, unit, self.split, patterns > 1, shared > 1,
              q_len % TILE == 0, kv_len % TILE == 0, valid is not None, simple, softcap > 0,
-             config.stages,
-             INTERPRETED),
+             config.stages, dropout, INTERPRETED),
             num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         )  # fmt: skip
         if self.split:
@@ -167,7 +172,7 @@ class _Call:
     def __call__(
         self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor, out: torch.Tensor, lse: torch.Tensor,
-        mask: SparseMask,
+        mask: SparseMask, seed: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         """Writes dq, dk and dv, and returns rowsum(dO O)."""
 
@@ -184,7 +189,7 @@ class _Call:
             part_k = room(copies * self.by_keys.slots, self.rows, self.widths[1])
         to = (dq, self._by_head(dq, dk), self._by_head(dq, dv)) if self.apart else (dq, dk, dv)
         valid = stats if mask.kv_valid is None else mask.kv_valid.view(torch.int32)
-        self.main(q, k, v, grad, stats, *to, part_q, part_k, valid)
+        self.main(q, k, v, grad, stats, *to, part_q, part_k, valid, more=(seed,))
         if self.split:
             self.sum(*to, part_q, part_k)
         if self.apart:

@@ -11,12 +11,13 @@ What Triton specialises on is as in `triton_kernels.py`.
 import triton
 import triton.language as tl
 
+from .triton_dropout import factor_of, kept_tile
 from .triton_kernels import LOG2E, _dot
 
 _PLAIN = (
-    "lse_ptr", "stats_ptr", "valid_ptr", "items_ptr", "steps_q_ptr", "steps_k_ptr", "words_q_ptr",
-    "words_k_ptr", "merges_ptr", "pattern_ptr", "pattern_b", "pattern_h", "valid_b", "group",
-    "share", "heads", "copies", "together", "q_len", "kv_len", "n_items_q", "n_items_k",
+    "lse_ptr", "stats_ptr", "valid_ptr", "seed_ptr", "items_ptr", "steps_q_ptr", "steps_k_ptr",
+    "words_q_ptr", "words_k_ptr", "merges_ptr", "pattern_ptr", "pattern_b", "pattern_h", "valid_b",
+    "group", "share", "heads", "copies", "together", "q_len", "kv_len", "n_items_q", "n_items_k",
     "n_merges_q", "n_merges_k", "slots_q", "slots_k",
 )  # fmt: skip
 _jit = triton.jit(do_not_specialize=_PLAIN)
@@ -95,10 +96,10 @@ def _allowed(p, low, high, INTERPRETED: tl.constexpr):
 @triton.jit
 def _add_tile(
     dx, dy, own_x, own_y, base, delta, x_ptr, y_ptr, stats_ptr, valid_ptr, words_ptr, tile, bits,
-    above, x_s, y_s, other_len, padded, scale, softcap,
+    above, x_s, y_s, other_len, padded, scale, softcap, seed, head, block,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, LISTED: tl.constexpr, WHOLE: tl.constexpr, VALID: tl.constexpr,
-    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
+    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """dS X and P Y of one tile of 64 others, added to dx and (of a block of keys) dy."""
     lane = tl.arange(0, 64)
@@ -131,13 +132,14 @@ def _add_tile(
         base, delta = base[None, :], delta[None, :]
     # What is added to every sum is where that begins: it need not wait in registers beside it.
     zeros = tl.zeros([ROWS, 64], tl.float32)
+    start = delta / factor_of(DROPOUT) if DROPOUT else delta
     if SIMPLE:
         s = _dot(own_x, x, zeros + base, INTERPRETED)
-        dp = _dot(own_y, y, zeros + delta, INTERPRETED)
+        dp = _dot(own_y, y, zeros + start, INTERPRETED)
         p = tl.exp2(s * (scale * LOG2E))
     else:
         s = _dot(own_x, x, zeros, INTERPRETED) * scale
-        dp = _dot(own_y, y, zeros + delta, INTERPRETED)
+        dp = _dot(own_y, y, zeros + start, INTERPRETED)
         if SOFTCAP:
             t = 2 * tl.sigmoid(2 * (s / softcap)) - 1
             s = t * softcap
@@ -147,9 +149,17 @@ def _add_tile(
     if VALID and not KEYS:
         w = tl.load(valid_ptr + (n >> 5), mask=n < other_len, other=0)
         p = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], p, 0.0)
+    if DROPOUT:
+        kept = kept_tile(
+            seed, head, tile if KEYS else block, block if KEYS else tile, KEYS, DROPOUT,
+            INTERPRETED,
+        )  # fmt: skip
+        dp = tl.where(kept, dp * factor_of(DROPOUT), delta)
     ds = p * dp
     if SOFTCAP:
         ds = ds * (1 - t * t)
+    if DROPOUT and KEYS:
+        p = tl.where(kept, p, 0.0)
     if KEYS:
         dy = _dot(p.to(y.dtype), tl.trans(y), dy, INTERPRETED)
     dx = _dot(ds.to(x.dtype), tl.trans(x), dx, INTERPRETED)
@@ -172,10 +182,10 @@ def _listed(steps_ptr, i, count, ROWS: tl.constexpr):
 def _walk(
     own_x, own_y, base, delta, x_ptr, y_ptr, stats_ptr, valid_ptr, steps_ptr, words_ptr,
     first_tile, n_full, n_part, share, x_h, x_s, y_h, y_s, other_len, padded, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, ROWS: tl.constexpr,
-    UNIT: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr,
-    VALID: tl.constexpr, SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    seed, head, block, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    ROWS: tl.constexpr, UNIT: tl.constexpr, KEYS: tl.constexpr, SHARED: tl.constexpr,
+    WHOLE: tl.constexpr, VALID: tl.constexpr, SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr, DROPOUT: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Sums over the tiles of a work item, dX [ROWS, BD] and dY [ROWS, BDV]: of a block of keys
     those of all heads that share it, of a block of queries dX alone."""
@@ -186,26 +196,29 @@ def _walk(
     if UNIT > 0:
         # By the format's contract full tiles hold no key beyond the last, but queries.
         for i in tl.range(0, n_full * share, num_stages=STAGES):
-            x_head, y_head, stats, at = x_ptr, y_ptr, stats_ptr, i
+            x_head, y_head, stats, at, of = x_ptr, y_ptr, stats_ptr, i, head
             if SHARED:
                 at = i % n_full
+                of = head + i // n_full
                 g = (i // n_full).to(tl.int64)
                 x_head, y_head, stats = x_ptr + g * x_h, y_ptr + g * y_h, stats_ptr + g * 2 * padded
             dx, dy = _add_tile(
                 dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr, words_ptr,
-                first_tile + at, 0, 0, x_s, y_s, other_len, padded, scale, softcap, D, DV, BD, BDV,
-                ROWS, KEYS, False, WHOLE or not KEYS, VALID, SIMPLE, SOFTCAP, INTERPRETED,
+                first_tile + at, 0, 0, x_s, y_s, other_len, padded, scale, softcap, seed, of, block,
+                D, DV, BD, BDV, ROWS, KEYS, False, WHOLE or not KEYS, VALID, SIMPLE, SOFTCAP,
+                DROPOUT, INTERPRETED,
             )  # fmt: skip
     for i in tl.range(0, n_part * share, num_stages=STAGES):
-        x_head, y_head, stats, following = x_ptr, y_ptr, stats_ptr, i + 1
+        x_head, y_head, stats, following, of = x_ptr, y_ptr, stats_ptr, i + 1, head
         if SHARED:
             following = following % n_part
+            of = head + i // n_part
             g = (i // n_part).to(tl.int64)
             x_head, y_head, stats = x_ptr + g * x_h, y_ptr + g * y_h, stats_ptr + g * 2 * padded
         dx, dy = _add_tile(
             dx, dy, own_x, own_y, base, delta, x_head, y_head, stats, valid_ptr, words_ptr, tile,
-            bits, above, x_s, y_s, other_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, KEYS,
-            True, WHOLE, VALID, SIMPLE, SOFTCAP, INTERPRETED,
+            bits, above, x_s, y_s, other_len, padded, scale, softcap, seed, of, block, D, DV, BD,
+            BDV, ROWS, KEYS, True, WHOLE, VALID, SIMPLE, SOFTCAP, DROPOUT, INTERPRETED,
         )  # fmt: skip
         tile, bits, above = _listed(steps_ptr, following, n_part, ROWS)
     return dx, dy
@@ -236,21 +249,25 @@ def _store_piece(ptr, at, x, ROWS: tl.constexpr, WIDE: tl.constexpr, PADDED: tl.
 @_jit
 def gradients_kernel(
     q_ptr, k_ptr, v_ptr, grad_ptr, stats_ptr, dq_ptr, dk_ptr, dv_ptr, part_q_ptr, part_k_ptr,
-    valid_ptr, items_ptr, steps_q_ptr, words_q_ptr, steps_k_ptr, words_k_ptr, pattern_ptr,
+    valid_ptr, seed_ptr, items_ptr, steps_q_ptr, words_q_ptr, steps_k_ptr, words_k_ptr,
+    pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, g_b, g_h, g_s, dq_b, dq_h, dq_s, dk_b, dk_h, dk_s,
     dv_b, dv_h, dv_s, pattern_b, pattern_h, valid_b, group, share, heads, copies, together, q_len,
     kv_len, padded, n_items_q, n_items_k, slots_q, slots_k, scale, softcap,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, SPLIT: tl.constexpr, PATTERNS: tl.constexpr,
     SHARED: tl.constexpr, WHOLE_Q: tl.constexpr, WHOLE_K: tl.constexpr, VALID: tl.constexpr,
-    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, INTERPRETED: tl.constexpr,
+    SIMPLE: tl.constexpr, SOFTCAP: tl.constexpr, STAGES: tl.constexpr, DROPOUT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """One work item: a block of ROWS keys, for `share` query heads, or a block of ROWS queries.
 
     The grid runs over groups of `together` times `share` query heads, whose tensors stay in L2: in
     each first the blocks of keys, then those of queries, heaviest first. With WHOLE_Q and WHOLE_K
-    the lengths are multiples of 64.
+    the lengths are multiples of 64. DROPOUT is the threshold of `dropout.py` or 0: none; else ROWS
+    is 64.
     """
+    tl.static_assert(DROPOUT == 0 or ROWS == 64)
     of_keys = together * n_items_k
     per_group = of_keys + together * share * n_items_q
     group_id = tl.program_id(0) // per_group
@@ -289,6 +306,8 @@ def gradients_kernel(
     stats_ptr += (b64 * heads + h64) * 2 * padded
     if VALID:
         valid_ptr += b * valid_b
+    seed = tl.load(seed_ptr) if DROPOUT else 0
+    head = copy * heads_each
     if is_keys:
         k = _rows(k_ptr, rows, k_s, kv_len, D, BD)
         v = _rows(v_ptr, rows, v_s, kv_len, DV, BDV)
@@ -302,9 +321,11 @@ def gradients_kernel(
         dk, dv = _walk(
             k, v, 0.0, 0.0, q_ptr, grad_ptr, stats_ptr, valid_ptr,
             steps_k_ptr + first_step * WIDTH, words_k_ptr, first_tile, n_full, n_part, share,
-            q_h, q_s, g_h, g_s, q_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, UNIT, True,
-            SHARED, WHOLE_Q, VALID, SIMPLE, SOFTCAP, STAGES, INTERPRETED,
+            q_h, q_s, g_h, g_s, q_len, padded, scale, softcap, seed, head, block, D, DV, BD, BDV,
+            ROWS, UNIT, True, SHARED, WHOLE_Q, VALID, SIMPLE, SOFTCAP, STAGES, DROPOUT, INTERPRETED,
         )  # fmt: skip
+        if DROPOUT:
+            dv *= factor_of(DROPOUT)
         if VALID:
             dk = tl.where(seen[:, None] != 0, dk, 0.0)
             dv = tl.where(seen[:, None] != 0, dv, 0.0)
@@ -328,8 +349,8 @@ def gradients_kernel(
         dq, _ = _walk(
             q, grad, base[:, None], delta[:, None], k_ptr, v_ptr, stats_ptr, valid_ptr,
             steps_q_ptr + first_step * WIDTH, words_q_ptr, first_tile, n_full, n_part, 1,
-            k_h, k_s, v_h, v_s, kv_len, padded, scale, softcap, D, DV, BD, BDV, ROWS, UNIT, False,
-            False, WHOLE_K, VALID, SIMPLE, SOFTCAP, STAGES, INTERPRETED,
+            k_h, k_s, v_h, v_s, kv_len, padded, scale, softcap, seed, head, block, D, DV, BD, BDV,
+            ROWS, UNIT, False, False, WHOLE_K, VALID, SIMPLE, SOFTCAP, STAGES, DROPOUT, INTERPRETED,
         )  # fmt: skip
         whole = True
         if SPLIT:

@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 
 from ..kernels.dependent import await_kernels_before
+from .triton_dropout import factor_of, kept_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 #: Arguments of any kernel here whose value decides no load's width.
 _PLAIN = (
-    "lse_ptr", "part_ml_ptr", "valid_ptr", "sinks_ptr", "row_start", "col_start", "table_ptr",
-    "items_ptr", "steps_ptr", "merges_ptr", "words_ptr", "pattern_ptr", "bias_b", "bias_h",
-    "bias_m", "pattern_b", "pattern_h", "valid_b", "group", "heads", "copies", "q_len", "kv_len",
-    "tile_rows", "tile_cols", "n_items", "n_merges", "slots", "splits",
+    "lse_ptr", "part_ml_ptr", "valid_ptr", "sinks_ptr", "seed_ptr", "row_start", "col_start",
+    "table_ptr", "items_ptr", "steps_ptr", "merges_ptr", "words_ptr", "pattern_ptr", "bias_b",
+    "bias_h", "bias_m", "pattern_b", "pattern_h", "valid_b", "group", "heads", "copies", "q_len",
+    "kv_len", "tile_rows", "tile_cols", "n_items", "n_merges", "slots", "splits",
 )  # fmt: skip
 #: Whether these are 1 does.
 _ONE = ("bias_n", "take")
@@ -54,16 +55,21 @@ def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
 
 
 @triton.jit
-def _accumulate(s, v, m, l, acc, factor, INTERPRETED: tl.constexpr):
+def _accumulate(s, v, m, l, acc, factor, INTERPRETED: tl.constexpr, seed=0, copy=0, q_tile=0,
+                k_tile=0, DROPOUT: tl.constexpr = 0):  # fmt: skip
     """One step of online softmax: s * factor are base-2 scores, minus infinity where masked.
 
-    The scale stays in the exponent: one fused multiply-add an element.
+    The scale stays in the exponent: one fused multiply-add an element. What is dropped counts in
+    the denominator.
     """
     m_new = tl.maximum(m, tl.max(s, 1) * factor)
     base = tl.where(m_new == float("-inf"), 0.0, m_new)
     p = tl.exp2(s * factor - base[:, None])
     alpha = tl.exp2(m - base)
     l = l * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        kept = kept_tile(seed, copy, q_tile, k_tile, False, DROPOUT, INTERPRETED)
+        p = tl.where(kept, p, 0.0)
     acc = _dot(p.to(v.dtype), v, acc * alpha[:, None], INTERPRETED)
     return m_new, l, acc
 
@@ -115,7 +121,7 @@ def _masked(s, low, high, lane, column_bit, INTERPRETED: tl.constexpr):
 @_jit
 def block_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, part_ptr, part_ml_ptr,
-    valid_ptr, bias_ptr, sinks_ptr, items_ptr, steps_ptr, words_ptr, pattern_ptr,
+    valid_ptr, bias_ptr, sinks_ptr, seed_ptr, items_ptr, steps_ptr, words_ptr, pattern_ptr,
     q_b, q_h, q_s, k_b, k_h, k_s, v_b, v_h, v_s, bias_b, bias_h, bias_m, bias_n,
     pattern_b, pattern_h, valid_b, group, heads, copies, q_len, kv_len, n_items, slots,
     scale, softcap,
@@ -124,11 +130,13 @@ def block_kernel(
     WHOLE: tl.constexpr, VALID: tl.constexpr, SOFTCAP: tl.constexpr, BIAS: tl.constexpr,
     BIAS_ALIGNED: tl.constexpr, SINKS: tl.constexpr, LSE: tl.constexpr, SIMPLE: tl.constexpr,
     STAGES: tl.constexpr, INTERPRETED: tl.constexpr, DEPENDENT: tl.constexpr,
+    DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Attention of one work item: ROWS query rows against one piece of their keys.
 
     The grid is (heads of a group, items, groups): a group's keys stay in L2, and its items start
-    heaviest first. With WHOLE, kv_len is a multiple of 64.
+    heaviest first. With WHOLE, kv_len is a multiple of 64. DROPOUT is the threshold of `dropout.py`
+    or 0: none; else ROWS is 64 and UNIT 0.
     """
     await_kernels_before(DEPENDENT)
     bh = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
@@ -177,6 +185,7 @@ def block_kernel(
     acc = tl.zeros([ROWS, BDV], tl.float32)
 
     factor = scale * LOG2E if SIMPLE else 1.0
+    seed = tl.load(seed_ptr) if DROPOUT else 0
 
     # What a listed step needs to know is loaded one step ahead.
     WIDTH: tl.constexpr = 1 + ROWS // 64
@@ -185,6 +194,7 @@ def block_kernel(
     upper = tl.arange(0, ROWS) >= 64
     tile, masked, low, high = _step(steps_ptr, words_ptr, 0, n_part, upper, row_lane, WIDTH)
 
+    tl.static_assert(DROPOUT == 0 or (ROWS == 64 and UNIT == 0))
     if UNIT > 0:
         # The full run, UNIT tiles a step: no bitmaps, and by the format's contract no key beyond
         # the last.
@@ -228,8 +238,13 @@ def block_kernel(
             s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))
         v_mask = keys_in[:, None] & dv_in[None, :]
         v = tl.load(v_ptr + first_key * v_s + v_offs, mask=v_mask, other=0.0)
+        k_tile = tile
         tile, masked, low, high = _step(steps_ptr, words_ptr, i + 1, n_part, upper, row_lane, WIDTH)
-        m, l, acc = _accumulate(s, v, m, l, acc, factor, INTERPRETED)
+        m, l, acc = _accumulate(
+            s, v, m, l, acc, factor, INTERPRETED, seed, bh, block, k_tile, DROPOUT
+        )
+    if DROPOUT:
+        acc *= factor_of(DROPOUT)
 
     if SPLIT:
         if slot >= 0:

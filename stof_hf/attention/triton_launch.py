@@ -26,18 +26,23 @@ class Kernel:
         self.fixed = (*(t.data_ptr() for t in tensors), *rest)
         self.compiled: Any = None
 
-    def __call__(self, *tensors: torch.Tensor, starts: tuple[int | torch.Tensor, ...] = ()) -> None:
+    def __call__(
+        self, *tensors: torch.Tensor, more: tuple[int | torch.Tensor | None, ...] = ()
+    ) -> None:
+        """Launch on tensors, and on what follows them, of which alignment does not matter.
+
+        Numbers and None in `more` are part of what the call was prepared for.
+        """
         pointers = [t.data_ptr() for t in tensors]
         union = 0
         for pointer in pointers:
             union |= pointer
-        # Numbers among the starts are part of what the call was prepared for.
-        for start in starts:
-            pointers.append(start if isinstance(start, int) else start.data_ptr())
+        for x in more:
+            pointers.append(x.data_ptr() if isinstance(x, torch.Tensor) else x)
         if self.compiled is not None and union % 16 == 0:
             self.compiled[self.grid](*pointers, *self.fixed)
             return
-        everything = (*tensors, *starts, *self.tensors, *self.rest)
+        everything = (*tensors, *more, *self.tensors, *self.rest)
         compiled = self.fn[self.grid](*everything, **self.options)
         if union % 16 == 0:
             self.compiled = compiled

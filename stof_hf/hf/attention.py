@@ -48,7 +48,7 @@ def stof_attention(
         attention_mask: a SparseMask or TracedMask as the mask function makes them; a Pattern; a
             FlexAttention BlockMask; a bool or additive float tensor [B or 1, H or 1, Sq or 1, Sk];
             or None, which means causal if `is_causal`, else all.
-        dropout: must be 0 in training.
+        dropout: of the attention weights, in training; see `stof_hf.attention`.
         scaling: factor on the scores, 1 / sqrt(D) by default.
         is_causal: what None as a mask means; by default all, as in eager attention, which knows no
             packed documents: these are causal where `module.is_causal` is.
@@ -62,15 +62,14 @@ def stof_attention(
         ([B, Sq, H, Dv] contiguous in query's dtype, None).
 
     Raises:
-        UnsupportedError: dropout in training, attention weights asked for, an argument that changes
-            the result and is not known, a dtype or head size that no kernel takes.
+        UnsupportedError: attention weights asked for, an argument that changes the result and is
+            not known, a dtype or head size that no kernel takes.
         MaskError: a mask that does not fit.
     """
+    dropout = dropout if module.training else 0.0
     try:
         if kwargs:
             _check_kwargs(module, kwargs)
-        if dropout and module.training:
-            raise _no_dropout(dropout)
         if torch.compiler.is_compiling():
             stamp_pending_traced()
         else:
@@ -99,6 +98,7 @@ def stof_attention(
         out = attention_by_rows(
             query, key, value, attention_mask, scaling,
             softcap=softcap or 0.0, bias=position_bias, sinks=s_aux,
+            dropout_p=dropout,
         )  # fmt: skip
         return out, None
     except UnsupportedError as error:
@@ -164,15 +164,6 @@ def _names_read_by_eager(cls: type) -> set[str]:
 def _collects_weights() -> bool:
     collected = _active_collector.get()
     return bool(collected) and any(name.endswith("attentions") for name in collected)
-
-
-def _no_dropout(dropout: float) -> UnsupportedError:
-    return UnsupportedError(
-        f"attention dropout {dropout} in training is not supported: set it to 0 when loading "
-        "(attention_dropout=0.0; some models call it attention_probs_dropout_prob, attn_pdrop or "
-        "dropout_rate), call model.eval(), or set "
-        'config.stof = {"version": 1, "fallback": "sdpa", "patterns": []} to train through sdpa'
-    )
 
 
 def _one_batch(*tensors: torch.Tensor) -> list[torch.Tensor]:

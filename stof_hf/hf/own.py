@@ -99,8 +99,8 @@ def mask_for_own_code(config: Any, **arguments: Any) -> torch.Tensor | None:
 _warned: set[str] = set()
 
 
-def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: bool = False) -> bool:
-    """Whether the family's own code has to compute a layer, with one warning for each reason.
+def leaves_to_own_code(module: nn.Module, output_attentions: bool = False) -> bool:
+    """Whether the family's own code has to compute a layer, with one warning.
 
     Raises UnsupportedError for a layer with a pattern of `set_pattern`.
     """
@@ -113,12 +113,11 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
             f"{type(module).__name__} has a sparse pattern of its own, to which set_pattern cannot "
             "add another: leave it out with set_pattern(..., modules=...)"
         )
-    if output_attentions or (not torch.compiler.is_compiling() and attention._collects_weights()):
-        reason = "output_attentions=True asks for attention weights"
-    elif dropout and module.training:
-        reason = f"attention dropout is {dropout} in training (set it to 0 to train with stof)"
-    else:
+    if not torch.compiler.is_compiling():
+        output_attentions = output_attentions or attention._collects_weights()
+    if not output_attentions:
         return False
+    reason = "output_attentions=True asks for attention weights"
     if reason not in _warned:
         _warned.add(reason)
         name = type(module).__name__
@@ -128,11 +127,11 @@ def leaves_to_own_code(module: nn.Module, dropout: float, output_attentions: boo
 
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: SparseMask | None,
-    *, scale: float | None = None, bias: torch.Tensor | None = None,
+    *, scale: float | None = None, bias: torch.Tensor | None = None, dropout_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """The op on [B, H, S, D], of the usual scale: [B, Sq, H * Dv], as layers project it."""
     out = attention.attention_by_rows(
-        query, key, value, mask, scale, softcap=0.0, bias=bias, sinks=None
+        query, key, value, mask, scale, softcap=0.0, bias=bias, sinks=None, dropout_p=dropout_p
     )
     return out.flatten(2)
 

@@ -1,0 +1,132 @@
+"""Trainer and accelerate with "stof": default dropout, gradient checkpointing, losses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import stof_hf
+
+SIZES = {
+    "bert": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
+}  # fmt: skip
+NO_DROPOUT = {
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+CLASSES = {"bert": (BertForMaskedLM, BertConfig), "gpt2": (GPT2LMHeadModel, GPT2Config)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are so small that threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def model_of(name: str, implementation: str = "stof", **changes: Any) -> Any:
+    torch.manual_seed(0)
+    cls, config = CLASSES[name]
+    made = config(vocab_size=32, **SIZES[name], **changes)
+    return cls._from_config(made, attn_implementation=implementation)
+
+
+def rows() -> list[dict[str, torch.Tensor]]:
+    """Sequences that count up from where they begin, the second half of them padded."""
+    found = []
+    for i in range(64):
+        ids = 4 + (i + torch.arange(40)) % 28
+        mask = torch.ones_like(ids)
+        mask[40 - (i // 32) * 10 :] = 0
+        labels = ids.where(mask > 0, -100)
+        found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return found
+
+
+def losses_of(model: Any, folder: Path, steps: int, **options: Any) -> list[float]:
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=16, learning_rate=1e-2,
+        logging_steps=1, save_strategy="no", report_to="none", use_cpu=True, seed=0,
+        disable_tqdm=True, dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=rows())
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CLASSES)
+def test_default_dropout_trains(name: str, checkpointing: bool, tmp_path: Path) -> None:
+    options = {}
+    if checkpointing:
+        options = {"gradient_checkpointing": True,
+                   "gradient_checkpointing_kwargs": {"use_reentrant": False}}  # fmt: skip
+    found = losses_of(model_of(name), tmp_path, 25, **options)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_losses_without_dropout_are_those_of_eager(name: str, tmp_path: Path) -> None:
+    wanted, found = (
+        losses_of(model_of(name, implementation, **NO_DROPOUT[name]), tmp_path, 8)
+        for implementation in ("eager", "stof")
+    )
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_checkpointing_changes_no_gradient(name: str) -> None:
+    """Each layer is computed twice, with the same elements dropped."""
+    given = {key: torch.stack([row[key] for row in rows()[::16]]) for key in rows()[0]}
+    grads = []
+    for checkpointing in (False, True):
+        model = model_of(name).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(7)
+        model(**given).loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_accelerate_launch(tmp_path: Path) -> None:
+    """One process on the CPU, started as users start it."""
+    here = Path(__file__).parent
+    script = tmp_path / "train.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from test_hf_training import losses_of, model_of\n"
+        f"losses = losses_of(model_of('bert'), Path({str(tmp_path)!r}), 3)\n"
+        "assert len(losses) == 3, losses\n"
+        "print('trained')\n"
+    )
+    paths = [str(here), str(Path(stof_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1",
+        "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(script),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "trained" in done.stdout, done.stderr

@@ -20,7 +20,8 @@ from torch import nn
 
 from ..errors import StofError
 from ..runtime.recorder import no_collection
-from .attention import FORMAT, describe, environment, save, source_hash
+from .attention import FORMAT, describe, save, source_hash
+from .records import model_environment
 from .timing import turns_ms
 
 __all__ = ["CELLS", "CONTESTANTS", "Cell", "run", "table"]
@@ -88,8 +89,7 @@ def run(
         raise StofError(
             f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
         )
-    data = {"format": FORMAT, **environment(device), "sources": source_hash(), "cells": []}
-    data["versions"]["transformers"] = transformers.__version__
+    data = {"format": FORMAT, **model_environment(device), "sources": source_hash(), "cells": []}
     for cell in chosen:
         results = _measure(cell, names, device, options or {}, budget_s)
         data["cells"].append({"cell": asdict(cell), "results": results})

@@ -24,9 +24,9 @@ from torch import nn
 from ..errors import StofError
 from ..tuning import environment as tuned
 from .apart import told
-from .attention import FORMAT, describe, environment
+from .attention import FORMAT, describe
 from .ceiling import ceiling_ms, products
-from .records import keep, kept, records, searched
+from .records import keep, kept, model_environment, records, searched
 from .timing import host_time_us, turns_ms
 from .turns import autotune_in_turn, measuring, preparing, turn
 from .zoo import ZOO, Cell, Problem
@@ -111,7 +111,7 @@ def run(
             f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
         )
     sources = tuned.environment(device).sources
-    data = {"format": FORMAT, **environment(device), "cells": []}
+    data = {"format": FORMAT, **model_environment(device), "cells": []}
     known = records(kept(json_path, data))
     for cell in chosen:
         record = known.get(cell) or {"cell": asdict(cell), "results": {}}

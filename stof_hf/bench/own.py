@@ -18,7 +18,8 @@ from rich.table import Table
 from torch import nn
 
 from ..errors import StofError
-from .attention import environment, save, source_hash
+from .attention import save, source_hash
+from .records import model_environment
 from .timing import finished_times_ms
 
 __all__ = ["BATCH", "MODELS", "TOKENS", "run", "table"]
@@ -61,8 +62,7 @@ def run(
     if unknown := set(names) - set(MODELS):
         raise StofError(f"no model is called {min(unknown)!r}; there are {', '.join(MODELS)}")
     dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-    data = {"format": 1, **environment(device), "sources": source_hash(), "cells": []}
-    data["versions"]["transformers"] = transformers.__version__
+    data = {"format": 1, **model_environment(device), "sources": source_hash(), "cells": []}
     for name in names:
         for n in tokens:
             for b in batch:

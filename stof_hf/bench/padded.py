@@ -16,8 +16,9 @@ from rich.table import Table
 
 from ..errors import StofError
 from ..tuning import environment as tuned
-from .attention import FORMAT, environment, save
+from .attention import FORMAT, save
 from .model import Contestant, measure
+from .records import model_environment
 from .zoo import Problem
 
 __all__ = ["CONTESTANTS", "run", "table"]
@@ -75,7 +76,7 @@ def run(
     chosen = {name: CONTESTANTS[name] for name in names}
     results = measure(problem, chosen, budget_s, math.inf, tuned.environment(device).sources)
     data = {
-        "format": FORMAT, **environment(device), "model": problem.name, "tokens": tokens,
+        "format": FORMAT, **model_environment(device), "model": problem.name, "tokens": tokens,
         "lengths": problem.lengths.tolist(), "results": results,
     }  # fmt: skip
     save(data, json_path)

@@ -7,15 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from ..errors import StofError
 from ..tuning.report import TuneReport
-from .attention import load, save
+from .attention import environment, load, save
 from .turns import file_lock
 from .zoo import Cell
 
-__all__ = ["keep", "kept", "records", "searched"]
+__all__ = ["keep", "kept", "model_environment", "records", "searched"]
 
 Record = dict[str, Any]
+
+
+def model_environment(device: torch.device) -> dict[str, Any]:
+    """Device and versions that results of models hold for."""
+    here = environment(device)
+    here["versions"]["transformers"] = transformers.__version__
+    return here
 
 
 def kept(path: Path | None, empty: dict[str, Any]) -> dict[str, Any]:

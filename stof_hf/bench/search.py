@@ -26,8 +26,8 @@ from ..kernels import jit
 from ..tuning import environment as tuned
 from . import fresh
 from .apart import alone
-from .attention import FORMAT, environment
-from .records import Record, keep, kept, records
+from .attention import FORMAT
+from .records import Record, keep, kept, model_environment, records
 from .zoo import Cell
 
 __all__ = ["covered", "layers_us", "ratios", "run", "table"]
@@ -51,7 +51,7 @@ def run(
     """
     chosen = list(chosen)
     sources = tuned.environment(device).sources
-    data = kept(json_path, {"format": FORMAT, **environment(device), "cells": []})
+    data = kept(json_path, {"format": FORMAT, **model_environment(device), "cells": []})
     for cell in chosen:
         seconds = exhaustive_s if cell in exhaustive else 0
         record = records(data).get(cell)

@@ -30,7 +30,7 @@ from ..tuning.sample import Sample, capture
 from .search_peers import Borrowed, exhaustive_search, random_search
 from .timing import CapturedCall, replay_times_us, turns_ms
 
-__all__ = ["compare"]
+__all__ = ["compare", "times_kept"]
 
 
 def compare(
@@ -82,6 +82,16 @@ def compare(
     return data
 
 
+def times_kept(path: Path | None, device: torch.device) -> dict[str, float]:
+    """What an exhaustive search measured before, with the same sources: key -> microseconds."""
+    if path is None or not path.exists():
+        return {}
+    data = json.loads(path.read_text())
+    if data["of"] != environment(device).digest:
+        return {}
+    return {key: math.inf if taken is None else taken for key, taken in data["times"].items()}
+
+
 def _choice(layer: LayerReport) -> Choice:
     return Choice(layer.scheme, tuple((s.template, s.params) for s in layer.segments))
 
@@ -92,9 +102,7 @@ def _exhaustive(
     """What is found of each kind, and how much of all there is was measured."""
     begin = time.monotonic()
     borrowed = Borrowed(measurer_for(device))
-    here = environment(device).digest
-    if path is not None and path.exists() and (kept := json.loads(path.read_text()))["of"] == here:
-        borrowed.times |= {k: math.inf if t is None else t for k, t in kept["times"].items()}
+    borrowed.times |= times_kept(path, device)
 
     def save() -> None:
         if device.type == "cuda":
@@ -104,7 +112,8 @@ def _exhaustive(
             times = {k: None if math.isinf(t) else t for k, t in borrowed.times.items()}
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".partial")
-            part.write_text(json.dumps({"of": here, "times": times}, indent=1) + "\n")
+            data = {"of": environment(device).digest, "times": times}
+            part.write_text(json.dumps(data, indent=1) + "\n")
             os.replace(part, path)
 
     found: dict[str, Choice] = {}

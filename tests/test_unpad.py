@@ -227,16 +227,20 @@ def test_gradients_in_training(name, checkpointing, packings):
             torch.testing.assert_close(got.grad, wanted.grad, atol=2e-5, rtol=1e-4)
 
 
-def test_a_fallback_to_sdpa_trains_padded(packings):
-    model, _ = pair("bert")
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fallback_to_sdpa_is_computed_padded(packings, training):
+    model, plain = pair("bert")
     model.config.stof = {"version": 1, "fallback": "sdpa", "patterns": []}
-    model.train()
-    with pytest.warns(StofWarning, match="falling back to sdpa"):
-        model(**call(right(3, 70))).last_hidden_state.sum().backward()
+    for one in (model, plain):
+        one.train(training)
+    inputs = call(right(3, 70))
+    torch.manual_seed(0)
+    with pytest.warns(StofWarning, match='padded: fallback="sdpa" is set'):
+        got = model(**inputs)
+    torch.manual_seed(0)
+    same(got, plain(**inputs))
     assert not packings
-    with torch.no_grad():
-        model.eval()(**call(right(3, 70)))
-    assert len(packings) == 1
+    model(**inputs)
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert"])

@@ -30,10 +30,10 @@ def unpad(model: nn.Module) -> None:
     up to 4,096 tokens are left to graphs.
 
     The batch is computed padded, as without `unpad`: under torch.compile, tracing or a capture of a
-    CUDA graph; with caches, cross-attention, packed sequences or another mask than [B, S]; where
-    the configuration's fallback is "sdpa", in training; with another implementation than "stof";
-    and, after one warning, with a pattern that cannot be packed: one that draws (BigBird), holds a
-    tensor or function, or goes by distances where padding lies in the middle of a sequence.
+    CUDA graph; with caches, cross-attention, packed sequences or another mask than [B, S]; with
+    another implementation than "stof"; and, after one warning, where the configuration's fallback
+    is "sdpa", and with a pattern that cannot be packed: one that draws (BigBird), holds a tensor or
+    function, or goes by distances where padding lies in the middle of a sequence.
     `stof_hf.restore(model)` takes it back.
 
     Raises:

@@ -169,7 +169,8 @@ def _pack(
             return None
         if mask.q_len != mask.kv_len or mask.is_view or not is_packable(mask.pattern):
             return None
-    if module.training and _falls_back(module):
+    if _falls_back(module):
+        _warn(module, 'fallback="sdpa" is set, which may make masks over all tokens of the batch')
         return None
     if pending:
         stamp_pending()

@@ -169,12 +169,12 @@ def _pack(
             return None
         if mask.q_len != mask.kv_len or mask.is_view or not is_packable(mask.pattern):
             return None
-    if _falls_back(module):
-        _warn(module, 'fallback="sdpa" is set, which may make masks over all tokens of the batch')
-        return None
     if pending:
         stamp_pending()
-    stamps = _stamps(module)
+    stamps, falls_back = _settings(module)
+    if falls_back:
+        _warn(module, 'fallback="sdpa" is set, which may make masks over all tokens of the batch')
+        return None
     unknown = [stamp.pattern for stamp in stamps if not is_packable(stamp.pattern)]
     if unknown:
         _warn(module, f"its pattern {type(unknown[0]).__name__} cannot be packed")
@@ -189,22 +189,22 @@ def _pack(
     return real, made
 
 
-def _stamps(module: nn.Module) -> list[Stamp]:
-    """The patterns on a module's layers, each once."""
+def _settings(module: nn.Module) -> tuple[list[Stamp], bool]:
+    """The patterns on a module's layers, each once, and whether these may fall back to sdpa."""
     found: dict[str, Stamp] = {}
+    # Layers share a configuration: one that has it stands for all.
+    configured: dict[int, nn.Module] = {}
     # Every forward walks through all modules: `modules()` takes several times as long.
     left = [module]
     while left:
-        held = left.pop().__dict__
+        inner = left.pop()
+        held = inner.__dict__
+        if (config := held.get("config")) is not None:
+            configured[id(config)] = inner
         if (stamp := held.get("_stof_stamp")) is not None:
             found[stamp.key] = stamp
         left += held["_modules"].values()
-    return list(found.values())
-
-
-def _falls_back(module: nn.Module) -> bool:
-    """Whether layers may compute attention by sdpa, whose masks are as large as N x N."""
-    return any(fallback_of(inner) == "sdpa" for inner in module.modules())
+    return list(found.values()), any(fallback_of(m) == "sdpa" for m in configured.values())
 
 
 _warned: set[tuple[str, str]] = set()

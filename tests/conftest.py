@@ -33,6 +33,26 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Small tensors gain nothing from more threads, and wait for those that others use."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_other_backward(monkeypatch):
+    """Plain PyTorch must not compute gradients that the kernels are for."""
+    from stof_hf.attention import gradients
+
+    def refuse(*args):
+        raise AssertionError("plain PyTorch was asked")
+
+    monkeypatch.setattr(gradients.plain, "backward", refuse)
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """Layers that ran fused."""

@@ -19,6 +19,8 @@ from stof_hf.kernels import jit
 triton = pytest.importorskip("stof_hf.attention.triton", reason="Triton is not installed")
 triton_backward = pytest.importorskip("stof_hf.attention.triton_backward")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BACKENDS = {
     "triton": (triton.forward, triton_backward.backward, DEVICE),
@@ -42,15 +44,6 @@ def kept(drop, batch, heads, q_len, kv_len):
     copies = torch.arange(batch * heads).view(batch, heads)
     words = torch.arange(-(-kv_len // 32))
     return drop.kept(copies, torch.arange(q_len), words)[..., :kv_len]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=BACKENDS)

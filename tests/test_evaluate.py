@@ -20,6 +20,8 @@ from stof_hf.evaluate import data, metrics, speed
 from stof_hf.evaluate.models import is_causal, length_for, metric_of
 from stof_hf.masks.patterns import Dense, Documents, Full, Longformer, RandomBlocks, SlidingWindow
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PERIOD, LENGTH = 24, 72
 LETTERS = "abcdefghijklmnopABCDEFGHIJKLMNOP"
 SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
@@ -71,15 +73,6 @@ SIZES = {
     "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 100,
     "pad_token_id": 0,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small tensors gain nothing from more, and wait for those that others use."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,8 @@ from transformers.models.longt5 import modeling_longt5
 import stof_hf
 from stof_hf import SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.hf import own
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NO_DROPOUT = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
 TEXT = {
@@ -78,15 +79,6 @@ OWN_CODE = [
     (modeling_bigbird_pegasus.BigBirdPegasusBlockSparseAttention, "bigbird_block_sparse_attention"),
     (modeling_longt5, "_create_global_aggregates"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are so small that threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pair(name: str, cls: type | None = None, **changes: Any) -> tuple[Any, Any]:

@@ -29,7 +29,10 @@ from . import timing
 from .contestants import CONTESTANTS, Cell, Contestant, Problem
 from .masks import MASKS, bench_mask
 
-__all__ = ["cells", "default_device", "environment", "grid", "load", "run", "save", "source_hash"]
+__all__ = [
+    "cells", "default_device", "environment", "grid", "known_contestants", "load", "run", "save",
+    "source_hash",
+]  # fmt: skip
 
 FORMAT = 1
 # Largest allowed (absolute error of one element, norm of the error over the norm of the reference):
@@ -119,6 +122,14 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": name, "versions": versions}
 
 
+def known_contestants(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """The names; raises StofError where one is not among those that there are."""
+    chosen = list(names)
+    if unknown := set(chosen) - set(known):
+        raise StofError(f"no contestant is called {min(unknown)!r}; there are {', '.join(known)}")
+    return chosen
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a result file; raises StofError where it is not one."""
     try:
@@ -171,10 +182,8 @@ def run(
     Raises StofError where the file holds results of another device or of other versions, and where
     a kernel left the GPU unusable; what was measured until then is in the file.
     """
-    if unknown := set(contestants) - set(CONTESTANTS):
-        known = ", ".join(CONTESTANTS)
-        raise StofError(f"no contestant is called {unknown.pop()!r}; there are {known}")
-    chosen = [CONTESTANTS[name] for name in CONTESTANTS if name in set(contestants)]
+    names = known_contestants(contestants, CONTESTANTS)
+    chosen = [CONTESTANTS[name] for name in CONTESTANTS if name in names]
     data = _open(json_path, device)
     todo = list(_missing(data, list(cells), chosen, device))
     if device.type == "cuda":

@@ -16,9 +16,8 @@ import torch
 from rich.table import Table
 
 from ..attention.reference import reference_attention
-from ..errors import StofError
 from . import timing
-from .attention import describe, environment, grid, save, source_hash
+from .attention import describe, environment, grid, known_contestants, save, source_hash
 from .contestants import CONTESTANTS, Cell, Contestant, Problem
 from .masks import bench_mask
 
@@ -58,10 +57,7 @@ def run(
 
     Raises StofError for a contestant that does not exist.
     """
-    chosen = list(contestants)
-    if unknown := set(chosen) - set(NAMES):
-        known = ", ".join(NAMES)
-        raise StofError(f"no contestant is called {min(unknown)!r}; there are {known}")
+    chosen = known_contestants(contestants, NAMES)
     data: dict[str, Any] = {"format": 1, **environment(device), "sources": source_hash()}
     data["cells"] = []
     for cell in cells:

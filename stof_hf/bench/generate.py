@@ -18,9 +18,8 @@ import transformers
 from rich.table import Table
 from torch import nn
 
-from ..errors import StofError
 from ..runtime.recorder import no_collection
-from .attention import FORMAT, describe, save, source_hash
+from .attention import FORMAT, describe, known_contestants, save, source_hash
 from .records import model_environment
 from .timing import turns_ms
 
@@ -84,11 +83,7 @@ def run(
 
     Raises StofError for another contestant. On a CPU nothing is captured.
     """
-    names = list(contestants)
-    if unknown := set(names) - set(CONTESTANTS):
-        raise StofError(
-            f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
-        )
+    names = known_contestants(contestants, CONTESTANTS)
     data = {"format": FORMAT, **model_environment(device), "sources": source_hash(), "cells": []}
     for cell in chosen:
         results = _measure(cell, names, device, options or {}, budget_s)

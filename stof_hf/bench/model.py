@@ -21,10 +21,9 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from ..errors import StofError
 from ..tuning import environment as tuned
 from .apart import told
-from .attention import FORMAT, describe
+from .attention import FORMAT, describe, known_contestants
 from .ceiling import ceiling_ms, products
 from .records import keep, kept, model_environment, records, searched
 from .timing import host_time_us, turns_ms
@@ -107,11 +106,7 @@ def run(
         prepare_s: seconds after which no other contestant of a cell is prepared: the next run
             finds it missing.
     """
-    names = list(contestants)
-    if unknown := set(names) - set(CONTESTANTS):
-        raise StofError(
-            f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
-        )
+    names = known_contestants(contestants, CONTESTANTS)
     sources = tuned.environment(device).sources
     data = {"format": FORMAT, **model_environment(device), "cells": []}
     known = records(kept(json_path, data))

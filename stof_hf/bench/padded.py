@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from ..errors import StofError
 from ..tuning import environment as tuned
-from .attention import FORMAT, save
+from .attention import FORMAT, known_contestants, save
 from .model import Contestant, measure
 from .records import model_environment
 from .zoo import Problem
@@ -66,11 +65,7 @@ def run(
 
     Raises StofError for another contestant.
     """
-    names = list(contestants)
-    if unknown := set(names) - set(CONTESTANTS):
-        raise StofError(
-            f"no contestant is called {min(unknown)!r}; there are {', '.join(CONTESTANTS)}"
-        )
+    names = known_contestants(contestants, CONTESTANTS)
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     problem = Padded("bert_base", batch, least, tokens, dtype, device)
     chosen = {name: CONTESTANTS[name] for name in names}

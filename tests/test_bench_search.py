@@ -208,7 +208,7 @@ def test_a_search_and_its_peers(name, small, tmp_path):
     assert [kind["kind"] for kind in record["kinds"]] == [layer["kind"] for layer in layers]
     # Whole layers count among a report's measurements, and not among the search's.
     counted = sum(kind["measurements"] for kind in record["kinds"])
-    assert counted == record["search"]["measurements"] - 2 * len(layers)
+    assert counted == record["search"]["measurements"] - len(layers)
     assert json.loads(json.dumps(record)) and search.ratios(record).keys() == {
         "own", "random", "median random", "exhaustive"
     }  # fmt: skip

@@ -130,6 +130,21 @@ def test_the_search_is_near_the_best_there_is(sample, invented, seed):
     assert result.scheme.legal and result.course[-1][1] == pytest.approx(result.time_us)
 
 
+def test_whole_layers_decide_between_what_is_nearly_as_fast(sample):
+    """PyTorch's segments are the fastest by their sum; in a layer each costs more than it takes."""
+
+    class Chained(dict):
+        def __missing__(self, key):
+            if key.startswith(sample.kind):
+                return 20.0 + key.count("'torch'")
+            return 9.9 if key.startswith("torch(") else 10.0
+
+    measurer = Recorded(Chained())
+    result = search.search(sample, measurer, budget_s=60)
+    assert all(run.template != "torch" for run in result.runs)
+    assert measurer.times[sample.layer_key(result.choice)] == 20.0
+
+
 def test_sampling_beats_chance(sample):
     """Where parameters matter one by one, rewards find good ones sooner than chance."""
 

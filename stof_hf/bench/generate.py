@@ -22,6 +22,7 @@ from ..runtime.recorder import no_collection
 from .attention import FORMAT, describe, known_contestants, save, source_hash
 from .records import model_environment
 from .timing import turns_ms
+from .zoo import in_dtype
 
 __all__ = ["CELLS", "CONTESTANTS", "Cell", "run", "table"]
 
@@ -151,6 +152,8 @@ class _Step:
             graph.replay()
             return (logits,)
 
+        # What the graph reads, the model and the tokens, must live as long as it.
+        self.captured = eager
         self.run = replay
         self.reset()
 
@@ -169,7 +172,7 @@ def _prepare(
             budget_s=budget_s, progress=False,
         )  # fmt: skip
     if how == "reduce-overhead" and device.type == "cuda":
-        model.forward = torch.compile(model.forward, mode=how, fullgraph=True)
+        model.forward = torch.compile(model.forward, mode=how)
     step = _Step(cell, model, device)
     if how != "reduce-overhead" and device.type == "cuda":
         step.capture()
@@ -187,7 +190,7 @@ def _model(
         model = getattr(transformers, f"{family}ForCausalLM")._from_config(
             config, attn_implementation=implementation
         )
-    return model.to(dtype).eval()
+    return in_dtype(model, dtype).eval()
 
 
 @torch.no_grad()

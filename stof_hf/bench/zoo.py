@@ -18,7 +18,7 @@ from ..errors import StofError
 from ..masks.patterns import Causal, Custom, Pattern
 from .masks import bench_mask
 
-__all__ = ["SHAPES", "ZOO", "Cell", "Entry", "Problem", "cells", "shapes_of"]
+__all__ = ["SHAPES", "ZOO", "Cell", "Entry", "Problem", "cells", "in_dtype", "shapes_of"]
 
 #: (batch size, tokens); images of a ViT are sized so that its tokens are near.
 SHAPES = ((1, 128), (8, 512), (16, 2048))
@@ -113,6 +113,17 @@ def _known(name: str) -> None:
         raise StofError(f"no model is called {name!r}; there are {', '.join(ZOO)}")
 
 
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model's parameters in a dtype, as `from_pretrained(dtype=...)` has them.
+
+    `model.to(dtype)` would round buffers, too: rotary frequencies, by which positions of some
+    thousands turn by other angles altogether.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 class Problem:
     """A model at a shape: its inputs, and models that compute them.
 
@@ -158,7 +169,7 @@ class Problem:
             made = self.entry.cls._from_config(
                 deepcopy(self.config), attn_implementation=implementation
             )
-        return made.to(dtype or self.dtype).eval()
+        return in_dtype(made, dtype or self.dtype).eval()
 
     def sparse_model(self) -> nn.Module:
         """The model with our attention, and the mask as its pattern in place of `masks`."""

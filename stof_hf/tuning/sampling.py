@@ -75,7 +75,7 @@ class Sampler:
         """
         search = self.search
         now, worth = search.cost(search.scheme), {}
-        for scheme in (search.scheme, *search.moves()):
+        for scheme in (search.scheme, *search.moves(search.scheme)):
             behind = max(0.0, search.cost(scheme) - now)
             if behind > _HOPE * now:
                 continue

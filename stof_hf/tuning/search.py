@@ -4,6 +4,9 @@ Stage 1 moves the borders of segments, starting from what an analytical model li
 seize, compete, and split, which takes an expansion back. Stage 2 samples parameters of the
 templates, where time is and where sampling has paid so far. A layer's time is the sum of its
 segments', so that each segment is measured once, in whatever schemes it occurs.
+
+What the sum leaves out, how far a kernel hides behind the one in front of it, is measured at last:
+whole layers, those that are nearly as fast by the sum beside the fastest.
 """
 
 from __future__ import annotations
@@ -26,6 +29,10 @@ from .sampling import BATCH, NOISE, Sampler
 __all__ = ["Result", "Run", "search"]
 
 Bounds = tuple[int, int]
+#: The share of the time that stages 1 and 2 leave for whole layers.
+_WHOLE = 0.15
+#: Whole layers are measured whose segments take at most so much longer than the fastest's.
+_NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -35,6 +42,10 @@ class Run:
     template: str
     params: Params
     time_us: float
+
+
+#: A scheme, and what computes each of its segments.
+Computed = tuple[Scheme, tuple[Run, ...]]
 
 
 @dataclass
@@ -62,7 +73,11 @@ class Result:
 
     @property
     def choice(self) -> Choice:
-        return Choice(self.scheme.bits, tuple((run.template, run.params) for run in self.runs))
+        return choice_of(self.scheme, self.runs)
+
+
+def choice_of(scheme: Scheme, runs: tuple[Run, ...]) -> Choice:
+    return Choice(scheme.bits, tuple((run.template, run.params) for run in runs))
 
 
 def search(
@@ -112,7 +127,8 @@ class Search:
         if math.inf in unfused:
             failed = self.names[unfused.index(math.inf)]
             raise StofError(f"{failed!r} of {self.sample.kind} could not be timed")
-        interrupted = False
+        interrupted, end = False, self.deadline
+        self.deadline -= _WHOLE * max(0.0, end - time.monotonic())
         try:
             start = self.analytical()
             self.explore([start])
@@ -126,13 +142,62 @@ class Search:
                 self.move_borders()
                 if self.scheme == before:
                     break
+            self.deadline = end
+            scheme, runs = self.whole(self.summed())
         except KeyboardInterrupt:
             interrupted = True
-        self.scheme = min(
-            (self.scheme, Scheme.unfused(self.names)), key=lambda scheme: self.cost(scheme)
-        )
-        runs = tuple(self.best[bounds] for bounds in self.scheme.bounds)
-        return Result(self.scheme, runs, unfused, self.course, self.count, interrupted)
+            scheme, runs = self.summed()
+        return Result(scheme, runs, unfused, self.course, self.count, interrupted)
+
+    def summed(self) -> Computed:
+        """What is fastest by the sum of segments."""
+        return self.fastest_of(min(self.scheme, Scheme.unfused(self.names), key=self.cost))
+
+    def fastest_of(self, scheme: Scheme) -> Computed:
+        """A scheme with what is fastest for each of its segments by itself."""
+        return scheme, tuple(self.best[bounds] for bounds in scheme.bounds)
+
+    def whole(self, chosen: Computed) -> Computed:
+        """The fastest whole layer near one: step by step, and as long as there is time."""
+        taken = self.whole_us(chosen)
+        tried = {self.layer_key(chosen)}
+        while not self.over() and taken < math.inf:
+            near = {self.layer_key(each): each for each in self.near(*chosen)}
+            times = {
+                key: self.whole_us(each)
+                for key, each in near.items()
+                if key not in tried and not self.over()
+            }
+            tried.update(times)
+            best = min(times, key=times.__getitem__, default="")
+            if times.get(best, taken) >= taken * (1 - NOISE):
+                break
+            chosen, taken = near[best], times[best]
+        return chosen
+
+    def layer_key(self, computed: Computed) -> str:
+        return self.sample.layer_key(choice_of(*computed))
+
+    def whole_us(self, computed: Computed) -> float:
+        """The time of a layer as it is; infinite where it fails."""
+        key, choice = self.layer_key(computed), choice_of(*computed)
+        self.count += key not in self.measurer.times
+        return self.measurer.time_us(key, lambda: self.sample.layer_calls(choice))
+
+    def near(self, scheme: Scheme, runs: tuple[Run, ...]) -> list[Computed]:
+        """Other templates for a segment, and schemes that one move makes, the fastest first."""
+        made = [
+            (scheme, (*runs[:i], run, *runs[i + 1 :]))
+            for i, bounds in enumerate(scheme.bounds)
+            for (place, _), run in self.fastest.items()
+            if place == bounds and run.template != runs[i].template
+        ]
+        measured = (other for other in self.moves(scheme) if self.cost(other) < math.inf)
+        made += map(self.fastest_of, measured)
+        most = (1 + _NEAR) * self.cost(scheme)
+        costs = [(sum(run.time_us for run in runs), runs, other) for other, runs in made]
+        costs.sort(key=lambda each: each[0])
+        return [(other, runs) for cost, runs, other in costs if cost <= most]
 
     def is_attention(self, bounds: Bounds) -> bool:
         return self.names[slice(*bounds)] in (("attention",), ("cross attention",))
@@ -230,13 +295,13 @@ class Search:
     def computable(self, bounds: Bounds) -> bool:
         return any(self.start(bounds, name) is not None for name in self.templates(bounds))
 
-    def moves(self) -> dict[Scheme, None]:
-        """Schemes that one move makes of the current one."""
+    def moves(self, scheme: Scheme) -> dict[Scheme, None]:
+        """Schemes that one move makes of one."""
         return dict.fromkeys(
-            scheme
+            other
             for move in (Scheme.expand, Scheme.seize, Scheme.compete, Scheme.split)
-            for scheme in move(self.scheme)
-            if all(map(self.computable, scheme.bounds))
+            for other in move(scheme)
+            if all(map(self.computable, other.bounds))
         )
 
     def move_borders(self) -> None:
@@ -244,7 +309,7 @@ class Search:
 
         When time is over, of those whose segments are measured.
         """
-        while moves := self.moves():
+        while moves := self.moves(self.scheme):
             self.explore(moves)
             best = min(moves, key=self.cost)
             if self.cost(best) >= self.cost(self.scheme) * (1 - NOISE / 10):

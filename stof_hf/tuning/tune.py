@@ -29,6 +29,8 @@ from .search import Result, search
 __all__ = ["apply_tuned", "tune"]
 
 Phase = Literal["forward", "prefill", "decode"]
+#: Of the time that is left, what any kind of layers may take.
+_LEAST_SHARE = 0.1
 
 
 def tune(
@@ -210,13 +212,16 @@ def _tune_shape(
     # What the model's first call builds is not the search's.
     deadline = time.monotonic() + budget_s
     found: dict[str, tuple[Sample, Result, LayerReport]] = {}
-    # What kinds of few operators, such as embeddings, leave of their share is for the others.
+    # Time goes where layers are many and long; what kinds of few operators, such as embeddings,
+    # leave of their share is for the others.
     order = sorted(samples, key=lambda kind: len(samples[kind].layer.operators))
-    for left, kind in zip(range(len(order), 0, -1), order, strict=True):
+    sizes = [len(samples[kind].layers) * len(samples[kind].layer.operators) for kind in order]
+    for i, kind in enumerate(order):
         sample = samples[kind]
         title = f"{kind} {sample.shape[0]} x {sample.tokens}"
+        share = max(_LEAST_SHARE, sizes[i] / sum(sizes[i:]))
         result = search(
-            sample, measurer, budget_s=(deadline - time.monotonic()) / left, seed=seed,
+            sample, measurer, budget_s=share * (deadline - time.monotonic()), seed=seed,
             progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
         )  # fmt: skip
         found[kind] = sample, result, _judge(sample, result, measurer)

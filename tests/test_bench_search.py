@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from stof_hf.bench import (
     apart,
     fresh,
     search,
-    search_compile,
     search_peers,
     search_turns,
     timing,
@@ -32,7 +30,7 @@ from stof_hf.fusion.layer_ops import Scheme
 from stof_hf.tuning import cache
 from stof_hf.tuning.inputs import make_inputs, run
 from stof_hf.tuning.measure import Clock, Recorded, replaying
-from stof_hf.tuning.sample import Sample, capture
+from stof_hf.tuning.sample import capture
 
 CPU = torch.device("cpu")
 
@@ -225,26 +223,6 @@ def test_times_of_another_environment_are_measured_again(small, tmp_path):
     with replaying(Clock()):
         record = fresh.search(cell, CPU, budget_s=1, seeds=0, exhaustive_s=1e-3, times_path=path)
     assert search.covered(record) == 1 and "random" not in search.ratios(record)
-
-
-def test_processes_compile_each_candidate_once(small, monkeypatch, tmp_path):
-    cell, path, seen = zoo.Cell("gpt", 1, 96), tmp_path / "times.json", []
-    monkeypatch.setattr(Sample, "try_once", lambda sample, *one: seen.append(sample.key(*one)))
-    with replaying(Recorded(Invented())) as measurer:
-        for i in range(3):
-            search_compile._compile(cell, CPU, slice(i, None, 3), time.time() + 60, path)
-        every = set(seen)
-        assert len(every) == len(seen) > 1000
-        known = seen[::2]
-        digest = search_turns.environment(CPU).digest
-        path.write_text(json.dumps({"of": digest, "times": dict.fromkeys(known, 1.0)}))
-        seen.clear()
-        search_compile._compile(cell, CPU, slice(0, None, 1), time.time() + 60, path)
-        assert set(seen) == every - set(known)
-        seen.clear()
-        search_compile._compile(cell, CPU, slice(0, None, 1), time.time(), path)
-        assert not seen and not measurer.times
-    search_compile.compile_candidates(cell, CPU, budget_s=0, processes=1)
 
 
 def test_a_choice_that_fails_has_no_time(bert, monkeypatch):

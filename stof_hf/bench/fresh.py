@@ -27,8 +27,7 @@ def search(
 
     Args:
         seeds: random searches.
-        exhaustive_s, times_path: as `search_turns.compare` takes them. On a GPU half as long is
-            spent before on compiling.
+        exhaustive_s, times_path: as `search_turns.compare` takes them.
     """
     problem = Problem.of(cell, device)
     model = problem.sparse_model()
@@ -41,10 +40,6 @@ def search(
         from .search_turns import compare
 
         found = {**searched(report), "seconds": round(seconds, 2), "budget_s": budget_s}
-        if exhaustive_s and device.type == "cuda":
-            from .search_compile import compile_candidates
-
-            compile_candidates(cell, device, budget_s=exhaustive_s / 2, times_path=times_path)
         peers = compare(
             model, problem.inputs, report, seeds=seeds, exhaustive_s=exhaustive_s,
             times_path=times_path,

@@ -26,8 +26,8 @@ Bounds = tuple[int, int]
 Candidate = tuple[Bounds, str, Params]
 #: Segment -> template -> parameters.
 Space = dict[Bounds, dict[str, list[Params]]]
-#: Candidates of the exhaustive search that are saved together, and compiled together.
-_SAVED, _AT_ONCE = 256, 64
+#: Candidates of the exhaustive search that are saved together.
+_SAVED = 256
 
 
 class Borrowed(Measurer):
@@ -41,8 +41,15 @@ class Borrowed(Measurer):
         self.measurer = measurer
         self.templates, self.shared_memory = measurer.templates, measurer.shared_memory
 
+    @property
+    def at_once(self) -> int:
+        return self.measurer.at_once
+
     def prepare(self, candidates: Mapping[str, Callable[[], Any]]) -> None:
         self.measurer.prepare({k: c for k, c in candidates.items() if k not in self.times})
+
+    def forget(self) -> None:
+        self.measurer.forget()
 
     def first(self, template: str, about: str) -> dict[str, int] | None:
         return self.measurer.first(template, about)
@@ -99,7 +106,7 @@ def exhaustive_search(
     search.random.shuffle(left)
     while left and not search.over():
         batch, left = left[:_SAVED], left[_SAVED:]
-        search.measure_all(batch, at_once=_AT_ONCE)
+        search.measure_all(batch)
         save()
     return _best(search, space), set(candidates)
 

@@ -47,12 +47,12 @@ def compare(
             behind that.
     """
     layers = [found for found in find(model) if found.reason is None]
-    with torch.no_grad():
+    device = next(model.parameters()).device
+    with torch.no_grad(), measurer_for(device).compiling():
         samples = capture(model, layers, *run(model, inputs, report.phase))
         tuned = {layer.kind: layer for layer in report.layers}
         # As the search takes them: what is measured for one kind is known for the next.
         order = sorted(tuned, key=lambda kind: len(samples[kind].layer.operators))
-        device = samples[order[0]].hidden.device
         choices: dict[str, dict[str, Choice | None]] = {
             kind: {"own": None, "searched": _choice(tuned[kind])} for kind in order
         }

@@ -7,7 +7,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 
 from ..kernels.constant import constant_weights
 from ..runtime.recorder import no_collection
+from .compile_pool import CompilePool, noted
 
 __all__ = ["Clock", "GraphReplay", "Measurer", "Recorded", "measurer_for", "replaying"]
 
@@ -51,8 +53,20 @@ class Measurer:
             self.times[key] = self._time(key, make)
         return self.times[key]
 
+    @property
+    def at_once(self) -> int:
+        """How many candidates are prepared together."""
+        return 8
+
+    def compiling(self) -> AbstractContextManager[None]:
+        """While somebody searches."""
+        return contextlib.nullcontext()
+
     def prepare(self, candidates: Mapping[str, Call]) -> None:
-        """Run once what is going to be measured, where that takes long: by default, nowhere."""
+        """Compile what is going to be measured, where that takes long: by default, nowhere."""
+
+    def forget(self) -> None:
+        """What was prepared is not measured after all."""
 
     def first(self, template: str, about: str) -> dict[str, int] | None:
         """The parameters of a template that were measured first, where only these are known.
@@ -98,17 +112,62 @@ class GraphReplay(Measurer):
         properties = torch.cuda.get_device_properties(device)
         self.device = device
         self.shared_memory = properties.shared_memory_per_block_optin
+        self._pool: CompilePool | None = None
+        #: Of candidates that workers compile, or have.
+        self._compiled: dict[str, list[Future[str | None]]] = {}
+
+    @property
+    def at_once(self) -> int:
+        # Workers have enough to do while what is done is measured.
+        return 64 if self._pool is not None and self._pool.ready else super().at_once
+
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Other processes compile in here, once they are ready."""
+        if self._pool is not None:
+            yield
+            return
+        from ..fusion.runners import TEMPLATES
+
+        kernels = {f"stof_hf.fusion.templates.{t.module}" for t in TEMPLATES.values() if t.module}
+        self._pool = CompilePool(sorted(kernels))
+        try:
+            yield
+        finally:
+            self._pool.close()
+            self._pool = None
+            self._compiled.clear()
 
     def prepare(self, candidates: Mapping[str, Call]) -> None:
-        """Compile at once what is not measured yet: most of that time, Python waits."""
-        first, *rest = [c for key, c in candidates.items() if key not in self.times] or [None]
+        """Begin to compile what is not measured yet; without workers, compile it in threads."""
+        new = {
+            key: call for key, call in candidates.items()
+            if key not in self.times and key not in self._compiled
+        }  # fmt: skip
+        if self._pool is not None and self._pool.ready:
+            for key, call in new.items():
+                with noted() as jobs:
+                    self._compile(call)
+                self._compiled[key] = [self._pool.submit(job) for job in jobs]
+            return
+        first, *rest = new.values() or [None]
         if not rest:
             return
         # What Triton and the driver set up once, they set up in this thread.
         self._compile(first)
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(self.at_once) as pool:
             list(pool.map(self._compile, rest))
         torch.cuda.synchronize(self.device)
+
+    def forget(self) -> None:
+        if self._pool is not None:
+            self._pool.forget()
+        self._compiled.clear()
+
+    def _time(self, key: str, make: Make) -> float:
+        # What failed in a worker fails here again.
+        wait(self._compiled.pop(key, ()))
+        return super()._time(key, make)
 
     def _compile(self, call: Call) -> None:
         # What fails here fails again, and is noted, when it is measured.

@@ -11,12 +11,12 @@ from ..fusion.runners import TEMPLATES, Params
 if TYPE_CHECKING:
     from .search import Bounds, Search
 
-__all__ = ["BATCH", "NOISE", "Sampler"]
+__all__ = ["NOISE", "Sampler"]
 
 #: Relative differences below this are noise.
 NOISE = 0.005
-#: Candidates that are compiled together.
-BATCH = 8
+#: Candidates that are drawn together.
+_BATCH = 8
 #: What a first sample of a template's parameters is expected to gain, relative to its time.
 _HOPE = 0.15
 #: How much of that expectation is left after a sample that gained nothing.
@@ -55,17 +55,28 @@ class Sampler:
 
     def run(self) -> bool:
         """Sample while it is expected to pay; whether anything was sampled."""
-        search, sampled = self.search, False
+        search, waiting = self.search, list[tuple[Arm, Params]]()
+        sampled = False
         while not search.over():
-            worth = self.worth()
-            if max(worth.values(), default=0.0) < NOISE / 5 * search.cost(search.scheme):
-                break
-            arms = [self.arms[place] for place in worth]
-            drawn = search.random.choices(arms, list(worth.values()), k=BATCH)
-            batch = [(arm, params) for arm in drawn if (params := self.draw(arm)) is not None]
-            self.measure_batch(batch)
-            sampled = sampled or bool(batch)
+            batch = self.draw_batch()
+            if batch is None and not waiting:
+                return sampled
+            # They are compiled while those before them are measured.
+            search.prepare((arm.bounds, arm.template, params) for arm, params in batch or ())
+            self.measure_batch(waiting)
+            sampled = sampled or bool(waiting)
+            waiting = batch or []
+        search.measurer.forget()
         return sampled
+
+    def draw_batch(self) -> list[tuple[Arm, Params]] | None:
+        """What to measure next, or None where that is not expected to pay."""
+        search, worth = self.search, self.worth()
+        if max(worth.values(), default=0.0) < NOISE / 5 * search.cost(search.scheme):
+            return None
+        arms = [self.arms[place] for place in worth]
+        drawn = search.random.choices(arms, list(worth.values()), k=_BATCH)
+        return [(arm, params) for arm in drawn if (params := self.draw(arm)) is not None]
 
     def worth(self) -> dict[tuple[Bounds, str], float]:
         """What the next sample of a template is expected to gain, in microseconds.

@@ -24,7 +24,7 @@ from ..fusion.layer_ops import SEGMENTS, Scheme, schemes
 from ..fusion.runners import TEMPLATES, Params
 from .measure import Measurer
 from .sample import Sample
-from .sampling import BATCH, NOISE, Sampler
+from .sampling import NOISE, Sampler
 
 __all__ = ["Result", "Run", "search"]
 
@@ -256,18 +256,24 @@ class Search:
             self.course.append((self.count, now))
         self.progress(self.count, min(now, self.course[-1][1] if self.course else now))
 
-    def measure_all(
-        self, candidates: Iterable[tuple[Bounds, str, Params]], at_once: int = BATCH
-    ) -> None:
+    def measure_all(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
         """Measure as many as there is time for, compiling several at once."""
         rest = list(candidates)
         while rest and not self.over():
-            batch, rest = rest[:at_once], rest[at_once:]
-            self.measurer.prepare({
-                self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in batch
-            })  # fmt: skip
+            count = self.measurer.at_once
+            batch, rest = rest[:count], rest[count:]
+            self.prepare(batch)
             for one in batch:
+                if self.over():
+                    self.measurer.forget()
+                    break
                 self.measure(*one)
+
+    def prepare(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
+        """Begin to compile what is measured next."""
+        self.measurer.prepare({
+            self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in candidates
+        })  # fmt: skip
 
     def explore(self, wanted: Iterable[Scheme]) -> None:
         """Measure segments of schemes that are not measured yet, with parameters nobody tuned."""

@@ -95,7 +95,10 @@ def tune(
     )
     choices: dict[str, dict[int, Choice | None]] = {}
     done = False
-    with _evaluating(model), torch.no_grad(), _bar(progress, budget_s) as show:
+    with (
+        _evaluating(model), torch.no_grad(), measurer.compiling(),
+        _bar(progress, budget_s) as show,
+    ):  # fmt: skip
         try:
             for shape in wanted:
                 inputs = shape if example_inputs else make_inputs(model, *shape, phase, seed)

@@ -130,6 +130,13 @@ def test_the_search_is_near_the_best_there_is(sample, invented, seed):
     assert result.scheme.legal and result.course[-1][1] == pytest.approx(result.time_us)
 
 
+def test_without_time_the_analytical_scheme_is_measured(sample, invented):
+    made = search.Search(sample, invented, 0, 0, lambda *_: None)
+    made.run()
+    costs = {scheme: made.cost(scheme) for scheme in made.schemes()}
+    assert costs[made.analytical()] < math.inf and max(costs.values()) == math.inf
+
+
 def test_whole_layers_decide_between_what_is_nearly_as_fast(sample):
     """PyTorch's segments are the fastest by their sum; in a layer each costs more than it takes."""
 

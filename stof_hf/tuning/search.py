@@ -93,8 +93,9 @@ def search(
     Args:
         sample: the layers and what they are called with.
         measurer: takes the times.
-        budget_s: seconds after which nothing more is measured. PyTorch's operators one by one are
-            always measured, so that there is always a result.
+        budget_s: seconds after which nothing more is measured. PyTorch's operators one by one and
+            the analytical model's scheme always are, so that there is always a result, and a good
+            one for what is searched in no time, such as embeddings.
         seed: of what stage 2 draws.
         progress: called with the number of measurements and the layer's time, whenever one is done.
     """
@@ -131,7 +132,7 @@ class Search:
         self.deadline -= _WHOLE * max(0.0, end - time.monotonic())
         try:
             start = self.analytical()
-            self.explore([start])
+            self.explore([start], needed=True)
             if self.cost(start) < self.cost(self.scheme):
                 self.scheme = start
                 self.note()
@@ -256,15 +257,17 @@ class Search:
             self.course.append((self.count, now))
         self.progress(self.count, min(now, self.course[-1][1] if self.course else now))
 
-    def measure_all(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:
-        """Measure as many as there is time for, compiling several at once."""
+    def measure_all(
+        self, candidates: Iterable[tuple[Bounds, str, Params]], needed: bool = False
+    ) -> None:
+        """Measure as many as there is time for, or all if needed, compiling several at once."""
         rest = list(candidates)
-        while rest and not self.over():
+        while rest and (needed or not self.over()):
             count = self.measurer.at_once
             batch, rest = rest[:count], rest[count:]
             self.prepare(batch)
             for one in batch:
-                if self.over():
+                if self.over() and not needed:
                     self.measurer.forget()
                     break
                 self.measure(*one)
@@ -275,15 +278,16 @@ class Search:
             self.sample.key(*one): lambda one=one: self.sample.try_once(*one) for one in candidates
         })  # fmt: skip
 
-    def explore(self, wanted: Iterable[Scheme]) -> None:
+    def explore(self, wanted: Iterable[Scheme], needed: bool = False) -> None:
         """Measure segments of schemes that are not measured yet, with parameters nobody tuned."""
         bounds = dict.fromkeys(bounds for scheme in wanted for bounds in scheme.bounds)
-        self.measure_all(
-            (each, name, params)
+        starts = (
+            (each, name, self.start(each, name))
             for each in bounds
             for name in self.templates(each)
-            if (each, name) not in self.fastest and (params := self.start(each, name)) is not None
+            if (each, name) not in self.fastest
         )
+        self.measure_all((one for one in starts if one[2] is not None), needed)
 
     def analytical(self) -> Scheme:
         """The scheme between whose segments the fewest bytes go through memory."""

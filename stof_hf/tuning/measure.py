@@ -30,6 +30,8 @@ FAILED = float("inf")
 _WARM_MS, _LONG_MS, _WARM_LONG_MS = 8, 0.05, 80
 #: How long a graph takes that is replayed.
 _GRAPH_MS = 0.5
+#: Candidates that are compiled together, in threads and by other processes.
+_THREADS, _QUEUED = 8, 64
 
 
 class Measurer:
@@ -56,7 +58,7 @@ class Measurer:
     @property
     def at_once(self) -> int:
         """How many candidates are prepared together."""
-        return 8
+        return _THREADS
 
     def compiling(self) -> AbstractContextManager[None]:
         """While somebody searches."""
@@ -119,7 +121,7 @@ class GraphReplay(Measurer):
     @property
     def at_once(self) -> int:
         # Workers have enough to do while what is done is measured.
-        return 64 if self._pool is not None and self._pool.ready else super().at_once
+        return _QUEUED if self._pool is not None and self._pool.ready else super().at_once
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
@@ -155,7 +157,7 @@ class GraphReplay(Measurer):
             return
         # What Triton and the driver set up once, they set up in this thread.
         self._compile(first)
-        with ThreadPoolExecutor(self.at_once) as pool:
+        with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(self._compile, rest))
         torch.cuda.synchronize(self.device)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import StofError
@@ -128,8 +128,8 @@ class Search:
         if math.inf in unfused:
             failed = self.names[unfused.index(math.inf)]
             raise StofError(f"{failed!r} of {self.sample.kind} could not be timed")
-        interrupted, end = False, self.deadline
-        self.deadline -= _WHOLE * max(0.0, end - time.monotonic())
+        interrupted, end, now = False, self.deadline, time.monotonic()
+        self.deadline = now + (1 - _WHOLE) * (end - now)
         try:
             start = self.analytical()
             self.explore([start], needed=True)
@@ -152,11 +152,11 @@ class Search:
 
     def summed(self) -> Computed:
         """What is fastest by the sum of segments."""
-        return self.fastest_of(min(self.scheme, Scheme.unfused(self.names), key=self.cost))
+        return self.fastest_of(min(self.scheme, Scheme.unfused(self.names), key=self.cost), {})
 
-    def fastest_of(self, scheme: Scheme) -> Computed:
-        """A scheme with what is fastest for each of its segments by itself."""
-        return scheme, tuple(self.best[bounds] for bounds in scheme.bounds)
+    def fastest_of(self, scheme: Scheme, kept: Mapping[Bounds, Run]) -> Computed:
+        """A scheme with what is kept, and else what is fastest for each segment by itself."""
+        return scheme, tuple(kept.get(bounds) or self.best[bounds] for bounds in scheme.bounds)
 
     def whole(self, chosen: Computed) -> Computed:
         """The fastest whole layer near one: step by step, and as long as there is time."""
@@ -193,8 +193,12 @@ class Search:
             for (place, _), run in self.fastest.items()
             if place == bounds and run.template != runs[i].template
         ]
-        measured = (other for other in self.moves(scheme) if self.cost(other) < math.inf)
-        made += map(self.fastest_of, measured)
+        kept = dict(zip(scheme.bounds, runs, strict=True))
+        made += [
+            self.fastest_of(other, kept)
+            for other in self.moves(scheme)
+            if self.cost(other) < math.inf
+        ]
         most = (1 + _NEAR) * self.cost(scheme)
         costs = [(sum(run.time_us for run in runs), runs, other) for other, runs in made]
         costs.sort(key=lambda each: each[0])

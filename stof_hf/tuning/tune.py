@@ -62,7 +62,8 @@ def tune(
             but at most 512. In decoding, seq_len counts the keys.
         shapes: several (batch_size, seq_len), instead of one.
         phase: "forward", "prefill" (filling a cache), or "decode" (one token more).
-        budget_s: seconds that the search may take for all shapes together.
+        budget_s: seconds that the search may take for all shapes together. On a GPU, processes of
+            its own compile meanwhile, one for each core, and end with it.
         apply: whether to install what was found.
         progress: whether to show a bar.
         seed: of random inputs, and of what the search draws.

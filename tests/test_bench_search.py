@@ -15,15 +15,7 @@ from small_zoo import SMALL, shrink, tokens
 from typer.testing import CliRunner
 
 from stof_hf import StofError, cli
-from stof_hf.bench import (
-    apart,
-    fresh,
-    search,
-    search_peers,
-    search_turns,
-    timing,
-    zoo,
-)  # fmt: skip
+from stof_hf.bench import apart, fresh, search, search_peers, search_turns, timing, zoo
 from stof_hf.fusion.fused import Choice
 from stof_hf.fusion.install import find, replaced
 from stof_hf.fusion.layer_ops import Scheme

@@ -1,16 +1,12 @@
 """Processes that compile for the search: what launches ask for, and what becomes of it."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 import threading
 from concurrent.futures import Future
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import without_a_gpu
 
 from stof_hf.tuning import measure
 from stof_hf.tuning.compile_pool import CompilePool
@@ -19,15 +15,9 @@ from stof_hf.tuning.measure import Clock, GraphReplay
 pytest.importorskip("triton")
 
 
-def test_a_pool_compiles_what_launches_ask_for(tmp_path):
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_in_pool.py")), str(tmp_path)],
-        env=environ | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True,
-        timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
+def test_a_pool_compiles_what_launches_ask_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    *_, told = without_a_gpu("compile_in_pool.py", str(tmp_path))
     assert told["early"] == "there is no worker"
     assert told["ready"] and told["jobs"] == told["kernels"] == 2
     *right, wrong = told["errors"]

@@ -20,7 +20,7 @@ from ..tuning.measure import Measurer
 from ..tuning.sample import Sample
 from ..tuning.search import Search
 
-__all__ = ["Borrowed", "every", "exhaustive_search", "random_search"]
+__all__ = ["Borrowed", "exhaustive_search", "random_search"]
 
 Bounds = tuple[int, int]
 Candidate = tuple[Bounds, str, Params]
@@ -81,12 +81,6 @@ def random_search(
     return _best(search, space)
 
 
-def every(sample: Sample, measurer: Measurer) -> dict[str, Candidate]:
-    """All candidates of a sample's segments, by their keys. Those that compute the same are one."""
-    space = _space(_search(sample, measurer, math.inf, 0))
-    return {sample.key(*one): one for one in _candidates(space)}
-
-
 def exhaustive_search(
     sample: Sample, measurer: Borrowed, budget_s: float, save: Callable[[], None]
 ) -> tuple[Choice | None, set[str]]:
@@ -101,7 +95,7 @@ def exhaustive_search(
     """
     search = _search(sample, measurer, budget_s, 0)
     space = _space(search)
-    candidates = every(sample, measurer)
+    candidates = {sample.key(*one): one for one in _candidates(space)}
     left = [one for key, one in candidates.items() if key not in measurer.times]
     search.random.shuffle(left)
     while left and not search.over():

@@ -30,7 +30,7 @@ from ..tuning.sample import Sample, capture
 from .search_peers import Borrowed, exhaustive_search, random_search
 from .timing import CapturedCall, replay_times_us, turns_ms
 
-__all__ = ["compare", "times_kept"]
+__all__ = ["compare"]
 
 
 def compare(
@@ -82,7 +82,7 @@ def compare(
     return data
 
 
-def times_kept(path: Path | None, device: torch.device) -> dict[str, float]:
+def _times_kept(path: Path | None, device: torch.device) -> dict[str, float]:
     """What an exhaustive search measured before, with the same sources: key -> microseconds."""
     if path is None or not path.exists():
         return {}
@@ -102,7 +102,7 @@ def _exhaustive(
     """What is found of each kind, and how much of all there is was measured."""
     begin = time.monotonic()
     borrowed = Borrowed(measurer_for(device))
-    borrowed.times |= times_kept(path, device)
+    borrowed.times |= _times_kept(path, device)
 
     def save() -> None:
         if device.type == "cuda":

@@ -109,8 +109,8 @@ class CompilePool:
                 future.set_result("there is no worker")
                 return future
             self._count += 1
-            self._pending[self._count] = future
             number = self._count
+            self._pending[number] = future
         self._send((number, job))
         return future
 

@@ -14,6 +14,7 @@ import pickle
 import sys
 import threading
 from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 __all__ = ["READY", "Job", "compile_job", "main"]
@@ -98,9 +99,7 @@ def main(count: str, *modules: str) -> None:
                     running.clear()
                     continue
                 running[number] = pool.submit(compile_job, job)
-                running[number].add_done_callback(
-                    lambda future, number=number: done(number, future)
-                )
+                running[number].add_done_callback(partial(done, number))
         except EOFError:
             pool.shutdown(cancel_futures=True)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..fusion.runners import TEMPLATES
 from ..kernels.constant import constant_weights
 from ..runtime.recorder import no_collection
 from .compile_pool import CompilePool, noted
@@ -129,8 +130,6 @@ class GraphReplay(Measurer):
         if self._pool is not None:
             yield
             return
-        from ..fusion.runners import TEMPLATES
-
         kernels = {f"stof_hf.fusion.templates.{t.module}" for t in TEMPLATES.values() if t.module}
         self._pool = CompilePool(sorted(kernels))
         try:

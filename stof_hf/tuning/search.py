@@ -181,7 +181,8 @@ class Search:
 
     def whole_us(self, computed: Computed) -> float:
         """The time of a layer as it is; infinite where it fails."""
-        key, choice = self.layer_key(computed), choice_of(*computed)
+        choice = choice_of(*computed)
+        key = self.sample.layer_key(choice)
         self.count += key not in self.measurer.times
         return self.measurer.time_us(key, lambda: self.sample.layer_calls(choice))
 

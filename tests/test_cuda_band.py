@@ -90,3 +90,14 @@ def test_many_rounds_of_blocks_and_long_rings(dim, form):
     for kv_heads in (8, 4)[form.heads - 1 :]:
         q, k, v = make(1, 8, kv_heads, 5000, 5000, dim, torch.float16)
         compare(q, k, v, mask, form, blocks=17)
+
+
+@pytest.mark.parametrize("kv_len", [128, 129, 144, 145, 257, 1025])
+@pytest.mark.parametrize("dim, form", FORMS)
+def test_few_keys_behind_the_last_whole_step(dim, form, kv_len):
+    """They are computed by themselves where everybody sees all keys."""
+    for q_len in (1, 200, 1025):
+        for pattern in (patterns.Full(), patterns.SlidingWindow(1024, 1024), patterns.Causal()):
+            mask = SparseMask.from_pattern(pattern, q_len, kv_len, device="cuda")
+            q, k, v = make(2, 4, 2, q_len, kv_len, dim, torch.bfloat16)
+            compare(q * 4, k, v, mask, form, torch.randn(4, device="cuda"), blocks=7)

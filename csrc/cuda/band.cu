@@ -14,6 +14,8 @@
 // sees the fewest keys then.
 // Order: the longest items first within heads that L2 holds together; every other round of blocks is
 // reversed, so that who had the longest item takes the shortest next.
+// Tail: where all keys are seen and the last step has 16 at most, as the keys of an image and its class
+// token have, what is computed of it is as narrow.
 // Limits: rows aligned to 16 bytes; lengths below 2^29; value head size equal to head size.
 #include <cuda_runtime.h>
 
@@ -33,6 +35,7 @@ struct Config {
   static constexpr int kChunks = D / 64;  // of 64 columns: 128 bytes, what a swizzled row holds
   static constexpr int kGroups = Groups;
   static constexpr int kKeys = 128;
+  static constexpr int kTail = 16;  // keys, at most, of a last step that is computed by itself
   static constexpr int kBoxKeys = kKeys / kCluster;
   static constexpr int kStages = D == 64 ? 4 : 2;
   static constexpr int kQueries = 2;  // buffers, handed back an item later
@@ -63,6 +66,7 @@ struct Band {
   int n_items, n_sections, n_heads, q_len, kv_len;
   int lower, upper;  // query i sees keys i + lower .. i + upper
   float scale;       // of the scores, whose exponentials are to base 2
+  bool tail;         // everybody sees all keys, and the last step has few
 };
 
 // A tile of query rows of a head, from `row` on: a multiple of 64, which may be negative.
@@ -203,7 +207,7 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, C>& s) {
     const Range least = steps_of<C::kKeys>(a, block_row, 64),
                 most = steps_of<C::kKeys>(a, block_row + 64 * (C::kGroups - 1), 64);
     const bool turned = least.end > least.first && most.end > most.first;
-    const int turns_end = uniform(turned ? least.end - 1 : 0), turns_first = uniform(most.first);
+    const int turns_end = uniform(turned ? least.end - 1 - a.tail : 0), turns_first = uniform(most.first);
     // Steps [full_first, full_end) are seen by all rows of the group.
     const int full_end = uniform(max(0, min(a.kv_len, first_row + a.upper + 1)) / C::kKeys);
     const int full_first = uniform((max(0, first_row + 63 + a.lower) + C::kKeys - 1) / C::kKeys);
@@ -262,9 +266,43 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, C>& s) {
     float factor[2];
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] = 0;
+    auto compute_tail = [&](int step) {
+      float few[C::kTail / 2];
+      barrier_wait(&s.key_full[keys.at], keys.parity);
+      wgmma_fence();
+      const uint64_t tile = tile_descriptor(s.key[keys.at], 0);
+#pragma unroll
+      for (int i = 0; i < D / 16; ++i)
+        product_ss<T>(few, queries + ((i / 4 * kQueryChunkBytes + i % 4 * 32) >> 4),
+                      tile + ((i / 4 * kChunkBytes + i % 4 * 32) >> 4), i > 0);
+      wgmma_commit();
+      hand_back();
+      wgmma_wait<0>();
+      pin(few);
+      release(&s.key_empty[keys.at]);
+      keys.next();
+      const int last = a.kv_len - 1 - step * C::kKeys - lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < C::kTail / 2; ++i)
+        if (i / 4 * 8 + i % 2 > last) few[i] = -INFINITY;
+      softmax.update(few, scale, slack, factor);
+      softmax.weigh<T>(few, scale);
+#pragma unroll
+      for (int i = 0; i < C::kTail / 4; ++i) weights[i] = pack<T>(few[2 * i], few[2 * i + 1]);
+      barrier_wait(&s.value_full[values.at], values.parity);
+      pin(o);
+      wgmma_fence();
+      product_rs<T, D>(o, weights, tile_descriptor(s.value[values.at], kChunkBytes));
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(o);
+      release(&s.value_empty[values.at]);
+      values.next();
+    };
     if (own_end > own_first) {
       skip(all.end - own_end);
       int step = own_end - 1;
+      if (a.tail) compute_tail(step--);
       barrier_wait(&s.key_full[keys.at], keys.parity);
       wgmma_fence();
       issue_scores();
@@ -274,7 +312,8 @@ __device__ void consume(const Maps& maps, const Band& a, Shared<T, C>& s) {
       release(&s.key_empty[keys.at]);
       keys.next();
       mask(step);
-      softmax.update(scores, scale, slack, factor);
+      const bool rescale = softmax.update(scores, scale, slack, factor);
+      if (a.tail && rescale) scale_rows(o, factor);
       softmax.weigh<T>(scores, scale);
       pack_weights();
       if (step > own_first) barrier_wait(&s.key_full[keys.at], keys.parity);
@@ -409,7 +448,9 @@ const char* run(const Problem& p, cudaStream_t stream) {
                   (int)p.kv_len,
                   (int)(p.offset - p.left),
                   (int)(p.offset + p.right),
-                  (float)(p.scale * kLog2e)};
+                  (float)(p.scale * kLog2e),
+                  p.offset - p.left <= 1 - p.q_len && p.offset + p.right >= p.kv_len - 1 && p.kv_len > C::kKeys &&
+                      p.kv_len % C::kKeys != 0 && p.kv_len % C::kKeys <= C::kTail};
   constexpr int kBytes = (int)sizeof(Shared<T, C>) + 1024;
   static Launcher launcher;
   const auto kernel = band_kernel<T, C>;

@@ -130,7 +130,9 @@ __device__ __forceinline__ void product_ss(float (&d)[M], uint64_t a, uint64_t b
                : __VA_ARGS__                                                                         \
                : "l"(a), "l"(b), "r"((int)add), "n"((int)Transposed))
 #define STOF_SS_OF(type)                                                                             \
-  if constexpr (M == 32)                                                                             \
+  if constexpr (M == 8)                                                                              \
+    STOF_SS("16", type, STOF_LIST8, "%8", "%9", "%10", "%11", STOF_ACC8(d, 0));                      \
+  else if constexpr (M == 32)                                                                        \
     STOF_SS("64", type, STOF_LIST32, "%32", "%33", "%34", "%35", STOF_ACC32(d, 0));                  \
   else if constexpr (M == 64)                                                                        \
     STOF_SS("128", type, STOF_LIST64, "%64", "%65", "%66", "%67", STOF_ACC32(d, 0),                  \
@@ -138,7 +140,7 @@ __device__ __forceinline__ void product_ss(float (&d)[M], uint64_t a, uint64_t b
   else                                                                                               \
     STOF_SS("192", type, STOF_LIST96, "%96", "%97", "%98", "%99", STOF_ACC32(d, 0),                  \
             STOF_ACC32(d, 32), STOF_ACC32(d, 64));
-  static_assert(M == 32 || M == 64 || M == 96);
+  static_assert(M == 8 || M == 32 || M == 64 || M == 96);
   if constexpr (std::is_same_v<T, __half>) {
     STOF_SS_OF("f16");
   } else {

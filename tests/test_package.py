@@ -54,6 +54,7 @@ def built(tree, tmp_path_factory):
 def shipped() -> set[str]:
     """Paths under stof_hf/ that an install must hold, from the source tree."""
     names = {"stof_hf/py.typed", "stof_hf/data/alice.txt"}
+    names.add("stof_hf/tuning/configs/nvidia-h200.json")
     for folder, prefix in (("stof_hf", "stof_hf"), ("patches", "stof_hf/patches")):
         files = (ROOT / folder).rglob("*.py")
         names |= {f"{prefix}/{file.relative_to(ROOT / folder)}" for file in files}

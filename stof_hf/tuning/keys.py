@@ -23,6 +23,8 @@ _IRRELEVANT = re.compile(
     r"|attn_implementation|id2label|label2id|problem_type|finetuning_task|task_specific_params"
     r"|return_dict|use_cache|output_(attentions|hidden_states|router_logits)"
     r"|.*dropout.*|.*_pdrop|initializer_.*|.*_token_ids?"
+    r"|(type_)?vocab_size|max_position_embeddings|n_positions|n_ctx|image_size"
+    r"|position_embedding_type|gradient_checkpointing|pretraining_tp|output_past"
 )
 
 
@@ -32,10 +34,10 @@ def fingerprint(config: Any) -> str:
     Args:
         config: a Transformers configuration; those inside it count too.
 
-    Names, paths, versions, dtypes, labels, token ids, dropout, initialisation, and what a call
-    returns do not count, nor do patterns set by `stof_hf.set_pattern` (the mask's bucket tells
-    them apart). A field that is None or False counts as one that is not there, since newer versions
-    of Transformers add such fields.
+    Names, paths, versions, dtypes, labels, token ids, dropout, initialisation, what a call returns,
+    vocabularies and greatest lengths do not count, nor do patterns set by `stof_hf.set_pattern`
+    (the mask's bucket tells them apart). A field that is None or False counts as one that is not
+    there, since newer versions of Transformers add such fields.
 
     >>> from transformers import BertConfig
     >>> fingerprint(BertConfig()) == fingerprint(BertConfig(name_or_path="x", dtype="float16"))

@@ -46,6 +46,24 @@ def test_steps_follow_each_other_and_begin_again(cell, monkeypatch):
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[3])
 
 
+def test_no_cell_makes_the_shapes_of_another_dynamic(monkeypatch):
+    made, inputs = generate._model, []
+
+    def backend(graph, examples):
+        inputs.extend(examples)
+        return graph.forward
+
+    def compiled(*args):
+        model = made(*args)
+        model.forward = torch.compile(model.forward, backend=backend)
+        return model
+
+    monkeypatch.setattr(generate, "_model", compiled)
+    cells = [dataclasses.replace(CELLS[0], batch=batch) for batch in (1, 2)]
+    generate.run(cells, ["sdpa"], device=CPU, options=options(cells[0]))
+    assert inputs and not any(isinstance(one, torch.SymInt) for one in inputs)
+
+
 def test_another_model_is_found_out(monkeypatch):
     cell = CELLS[0]
     right = generate._model

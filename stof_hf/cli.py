@@ -655,7 +655,8 @@ def bench_generate(
     """Time a step of generation of models of 1B parameters, with a static cache, in CUDA graphs.
 
     LLaMA behind 4,096 tokens, and Mistral with a window of 1,024 behind 16,384.
-    The exit status is 1 where a contestant raised or computed something else.
+    Beside ours: PyTorch, FlexAttention and FlashAttention-4.
+    The exit status is 1 where a contestant is missing, raised, or computed something else.
     """
     from .bench import generate
     from .bench.attention import default_device

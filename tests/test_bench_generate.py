@@ -1,11 +1,16 @@
 """stof bench generate, in small, on the CPU."""
 
 import dataclasses
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from stof_hf.bench import generate
+from stof_hf.bench import flash, generate
+from stof_hf.bench.contestants import NO_FLASH_ATTN
 from stof_hf.errors import StofError
 
 CPU = torch.device("cpu")
@@ -23,12 +28,34 @@ def options(cell):
     return {**SMALL, **({"sliding_window": 40} if "mistral" in cell.model else {})}
 
 
+def one_query(q, k, v, *, seqused_k, softmax_scale, window_size):
+    """What flash_attn_varlen_func computes of [B, 1, H, D], [B, S, Hkv, D] and int32 [B]."""
+    assert q.shape[1] == 1 and seqused_k.dtype == torch.int32 and seqused_k.stride() == (1,)
+    distance = seqused_k[:, None] - 1 - torch.arange(k.shape[1])
+    left, right = window_size
+    assert right == (None if left is None else 0)
+    allowed = (distance >= 0) & (distance <= (k.shape[1] if left is None else left))
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (q, k, v)), allowed[:, None, None],
+        scale=softmax_scale, enable_gqa=True,
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous(), None
+
+
+@pytest.fixture
+def flash_attn(monkeypatch):
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        module = importlib.util.module_from_spec(ModuleSpec(name, None))
+        module.flash_attn_varlen_func = one_query
+        monkeypatch.setitem(sys.modules, name, module)
+
+
 @pytest.mark.parametrize("cell", CELLS, ids=str)
-def test_contestants_compute_the_same(cell, tmp_path):
+def test_contestants_compute_the_same(cell, tmp_path, flash_attn):
     path = tmp_path / "generate.json"
     data = generate.run(
-        [cell], ["sdpa", "stof", "stof tuned"], device=CPU, options=options(cell), budget_s=1,
-        json_path=path,
+        [cell], ["sdpa", "flash", "stof", "stof tuned"], device=CPU, options=options(cell),
+        budget_s=1, json_path=path,
     )  # fmt: skip
     results = data["cells"][0]["results"]
     assert {n: r["status"] for n, r in results.items()} == dict.fromkeys(results, "ok"), results
@@ -44,6 +71,59 @@ def test_steps_follow_each_other_and_begin_again(cell, monkeypatch):
     with torch.no_grad():
         seen = [step() for _ in range(4)]
     assert not torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[3])
+
+
+def logits(cell, implementation, compiled=False):
+    """Of four steps."""
+    model = generate._model(cell, implementation, torch.float32, CPU, options(cell))
+    if compiled:
+        torch.compiler.reset()
+        model.forward = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    step = generate._Step(cell, model, CPU)
+    with torch.no_grad():
+        return torch.stack([step() for _ in range(4)])
+
+
+NOT_FULL = generate.Cell("mistral_1b", 2, 30, whole=False)
+
+
+@pytest.mark.parametrize("cell", [*CELLS, NOT_FULL], ids=str)
+def test_flash_sees_what_sdpa_sees_at_every_step(cell, flash_attn):
+    got, want = logits(cell, flash.NAME), logits(cell, "sdpa")
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_flash_compiles_without_a_graph_break(flash_attn):
+    got, want = logits(CELLS[1], flash.NAME, compiled=True), logits(CELLS[1], flash.NAME)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_flash_is_unavailable_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    names = ["sdpa", "flash", "flash compiled"]
+    data = generate.run(CELLS[:1], names, device=CPU, options=options(CELLS[0]))
+    sdpa, *others = data["cells"][0]["results"].values()
+    assert sdpa["status"] == "ok"
+    assert others == 2 * [{"status": "unavailable", "error": NO_FLASH_ATTN}]
+    assert generate.table(data).row_count == 1
+
+
+def test_no_cell_makes_the_shapes_of_another_dynamic(monkeypatch):
+    made, inputs = generate._model, []
+
+    def backend(graph, examples):
+        inputs.extend(examples)
+        return graph.forward
+
+    def compiled(*args):
+        model = made(*args)
+        model.forward = torch.compile(model.forward, backend=backend)
+        return model
+
+    monkeypatch.setattr(generate, "_model", compiled)
+    cells = [dataclasses.replace(CELLS[0], batch=batch) for batch in (1, 2)]
+    generate.run(cells, ["sdpa"], device=CPU, options=options(cells[0]))
+    assert inputs and not any(isinstance(one, torch.SymInt) for one in inputs)
 
 
 def test_another_model_is_found_out(monkeypatch):

@@ -223,6 +223,11 @@ def _needs_flash_attn(cell: Cell, device: torch.device) -> str | None:
         return reason
     if cell.dtype == "float32":
         return HALF_ONLY
+    return missing_flash_attn()
+
+
+def missing_flash_attn() -> str | None:
+    """NO_FLASH_ATTN, or None where it is installed."""
     found = importlib.util.find_spec("flash_attn") and importlib.util.find_spec("flash_attn.cute")
     return None if found else NO_FLASH_ATTN
 

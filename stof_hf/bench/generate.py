@@ -19,7 +19,9 @@ from rich.table import Table
 from torch import nn
 
 from ..runtime.recorder import no_collection
+from . import flash
 from .attention import FORMAT, describe, known_contestants, save, source_hash
+from .contestants import missing_flash_attn
 from .records import model_environment
 from .timing import turns_ms
 from .zoo import in_dtype
@@ -65,6 +67,8 @@ CONTESTANTS = {
     "sdpa": ("sdpa", "graph"),
     "sdpa compiled": ("sdpa", "reduce-overhead"),
     "flex compiled": ("flex_attention", "reduce-overhead"),
+    "flash": (flash.NAME, "graph"),
+    "flash compiled": (flash.NAME, "reduce-overhead"),
     "stof": ("stof", "graph"),
     "stof compiled": ("stof", "reduce-overhead"),
     "stof tuned": ("stof", "tuned"),
@@ -200,12 +204,18 @@ def _measure(
     def plain(dtype: torch.dtype) -> torch.Tensor:
         return _Step(cell, _model(cell, "sdpa", dtype, device, options), device)().float()
 
+    # What an earlier cell compiled would make this one's shapes dynamic, and counts as compilations
+    # of the same code, of which there may be eight.
+    torch.compiler.reset()
     exact = plain(torch.float32)
     half = plain(torch.float16) if device.type == "cuda" else exact
     least = float((half - exact).norm() / exact.norm())
     steps: dict[str, _Step] = {}
     results: dict[str, Any] = {name: {} for name in names}
     for name in names:
+        if CONTESTANTS[name][0] == flash.NAME and (reason := missing_flash_attn()):
+            results[name] = {"status": "unavailable", "error": reason}
+            continue
         try:
             step = _prepare(name, cell, device, options, budget_s)
             # torch.compile captures in its third call.

@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BuildError",
     "MaskError",
+    "RelativeBias",
     "SparseMask",
     "StofError",
     "StofWarning",
@@ -39,6 +40,7 @@ __all__ = [
 
 _LAZY = {
     "attention": ("stof_hf.attention.op", "attention"),
+    "RelativeBias": ("stof_hf.attention.relative", "RelativeBias"),
     "SparseMask": ("stof_hf.masks.sparse_mask", "SparseMask"),
     "patterns": ("stof_hf.masks.patterns", None),
     "set_pattern": ("stof_hf.hf.patching", "set_pattern"),

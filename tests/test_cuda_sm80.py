@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import cases
 
-from stof_hf import SparseMask, attention, patterns
+from stof_hf import RelativeBias, SparseMask, attention, patterns
 from stof_hf.attention import cuda, select
 from stof_hf.attention.granules import Layout
 from stof_hf.attention.reference import reference_attention
@@ -200,6 +200,16 @@ def test_every_form_of_bias(dtype):
     bias = torch.randn(2, 330, 4, 251, device=DEVICE).to(dtype)[..., 1:].permute(0, 2, 3, 1)
     bias[:, :, 3] = -torch.inf
     compare(q, k, v, mask, "rows", bias=bias)
+
+
+def test_a_bias_by_distance():
+    mask = SparseMask.from_pattern(patterns.Longformer(70, (3,)), 250, 330, device=DEVICE)
+    q, k, v = tensors(2, 4, 2, 250, 330, 64)
+    bias = RelativeBias(torch.randn(1, 4, 579, device=DEVICE), 250)
+    out, lse = prepared(q, k, v, mask, "rows", bias=bias)(q, k, v, mask, bias.first, None)
+    want, want_lse = reference(q, k, v, mask, bias=bias.dense())
+    torch.testing.assert_close(out.transpose(1, 2).double(), want, atol=4e-3, rtol=4e-3)
+    torch.testing.assert_close(lse.double(), want_lse, atol=4e-3, rtol=4e-3)
 
 
 @each_layout

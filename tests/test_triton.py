@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PADDINGS, cases, padded
 
-from stof_hf import SparseMask, patterns
+from stof_hf import RelativeBias, SparseMask, patterns
 from stof_hf.attention import select
 from stof_hf.attention.reference import reference_attention
 from stof_hf.masks.traced import structure_of
@@ -128,6 +128,19 @@ def test_options(kernel, options, empty_rows):
     g = torch.Generator().manual_seed(6)
     allowed = torch.rand(1, 1, 70, 140, generator=g) < (0.01 if empty_rows else 0.4)
     compare(*make(2, 4, 2, 70, 140, 16), SparseMask.from_dense(allowed), allowed, **options)
+
+
+@pytest.mark.parametrize("q_len, kv_len", [(70, 140), (64, 64), (1, 140)])
+def test_a_bias_by_distance_is_read_from_its_table(kernel, q_len, kv_len):
+    g = torch.Generator().manual_seed(6)
+    allowed = torch.rand(1, 1, q_len, kv_len, generator=g) < 0.4
+    mask = SparseMask.from_dense(allowed).to(DEVICE)
+    q, k, v = make(2, 4, 2, q_len, kv_len, 16)
+    table = torch.randn(1, 4, q_len + kv_len - 1, generator=g).to(DEVICE)
+    bias = RelativeBias(table, q_len)
+    out, _ = triton_backend.forward(q, k, v, mask, bias=bias, scale=0.2)
+    want, _ = reference_attention(q, k, v, allowed.to(DEVICE), scale=0.2, bias=bias.dense())
+    torch.testing.assert_close(out.transpose(1, 2).double(), want, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -16,6 +16,7 @@ from ..masks.device import keep
 from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
 from .checks import check
+from .relative import RelativeBias
 
 FULL_PATTERN = Full()
 #: A mask used with ever new shapes must not keep them all.
@@ -26,7 +27,7 @@ Prepare = Callable[..., Any]
 
 def forward(
     name: str, prepare: Prepare, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: SparseMask | None, *, bias: torch.Tensor | None = None,
+    mask: SparseMask | None, *, bias: torch.Tensor | RelativeBias | None = None,
     sinks: torch.Tensor | None = None, scale: float, softcap: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -35,8 +36,9 @@ def forward(
     Args:
         name: under which the mask keeps the prepared calls.
         prepare: (q, k, v, mask, bias, sinks, scale, softcap, on_device) -> an object that is called
-            with (q, k, v, mask, bias, sinks), and with the seed where there is one. on_device:
-            nothing may be read back to the host.
+            with (q, k, v, mask, bias, sinks), and with the seed where there is one; the bias is
+            then the tensor from its first element on. on_device: nothing may be read back to the
+            host.
         seed: of dropout, int64 [1].
     """
     if q.is_cuda and q.device.index != torch.cuda.current_device():
@@ -73,6 +75,8 @@ def forward(
         # What a capture computes belongs to its graph.
         if not capturing:
             calls[key] = call
+    if isinstance(bias, RelativeBias):
+        bias = bias.first
     if seed is not None:
         return call(q, k, v, mask, bias, sinks, seed)
     return call(q, k, v, mask, bias, sinks)
@@ -88,7 +92,7 @@ class _Call:
         self.copies = any(x.stride(3) != 1 for x in (q, k, v))
         if self.copies:
             q, k, v = _rows_together(q, k, v)
-        if bias is not None:
+        if bias is not None and bias.ndim < 4:
             bias = bias[(None,) * (4 - bias.ndim)]
         self.call = prepare(q, k, v, mask, bias, *rest)
 

@@ -14,6 +14,7 @@ from ..masks.pattern import Pattern
 from ..masks.sparse_mask import PLANS, STRUCTURE, SparseMask
 from . import select
 from .dropout import Dropout, draw_seed, threshold_of
+from .relative import RelativeBias, stored
 
 
 def attention(
@@ -24,7 +25,7 @@ def attention(
     *,
     scale: float | None = None,
     softcap: float = 0.0,
-    bias: torch.Tensor | None = None,
+    bias: torch.Tensor | RelativeBias | None = None,
     sinks: torch.Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
@@ -37,7 +38,8 @@ def attention(
         mask: a SparseMask for Sq x Sk, or None: every query may attend to every key.
         scale: factor on the scores, 1 / sqrt(D) by default.
         softcap: if positive, scores become softcap * tanh(score / softcap).
-        bias: added to the scores after that, broadcastable to [B, H, Sq, Sk].
+        bias: added to the scores after that, broadcastable to [B, H, Sq, Sk]; or a RelativeBias,
+            whose table GPU kernels read.
         sinks: [H], a logit per head that takes part in the softmax and has no value.
         dropout_p: probability with which each element of the softmax is dropped, the others being
             multiplied by 1 / (1 - dropout_p); rounded to a multiple of 2**-16. Not for evaluation:
@@ -68,7 +70,7 @@ def attention(
 
 def attention_by_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None,
-    *, softcap: float, bias: torch.Tensor | None, sinks: torch.Tensor | None,
+    *, softcap: float, bias: torch.Tensor | RelativeBias | None, sinks: torch.Tensor | None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """`attention` as Transformers wants its result: [B, Sq, H, Dv]."""
@@ -85,7 +87,10 @@ def attention_by_rows(
         scale = query.shape[-1] ** -0.5
     threshold = threshold_of(dropout_p) if dropout_p else 0
     seed = draw_seed(query.device) if threshold else None
-    if _plain(query, key, value, bias, sinks) and (mask is None or type(mask) is SparseMask):
+    plain = _plain(query, key, value, stored(bias), sinks)
+    if isinstance(bias, RelativeBias) and not (plain and query.is_cuda):
+        bias = bias.dense()
+    if plain and (mask is None or type(mask) is SparseMask):
         out, _ = select.forward(
             query, key, value, mask,
             bias=bias, sinks=sinks, scale=scale, softcap=softcap, with_lse=False,

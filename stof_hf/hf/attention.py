@@ -12,6 +12,7 @@ from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
 from ..attention.op import attention_by_rows
+from ..attention.relative import RelativeBias
 from ..errors import StofWarning, UnsupportedError
 from ..masks.sparse_mask import SparseMask
 from .patching import fallback_of, pending, stamp_pending, stamp_pending_traced
@@ -201,6 +202,8 @@ def _sdpa(
     )
     if mask is not None:
         mask = mask.to_dense()
+    if isinstance(bias, RelativeBias):
+        bias = bias.dense()
     if bias is not None:
         lowest = torch.finfo(query.dtype).min
         mask = bias if mask is None else torch.where(mask, bias, lowest)

@@ -1,10 +1,15 @@
-"""Tensor parallelism as Transformers has it, on two processes."""
+"""Tensor parallelism as Transformers has it, and FSDP, on two processes."""
 
+import os
 import subprocess
+import sys
+from pathlib import Path
 
+import in_parallel
 import pytest
 import torch
 
+import stof_hf
 from stof_hf import StofError
 from stof_hf.bench import parallel
 
@@ -17,6 +22,22 @@ several = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
 devices = pytest.mark.parametrize(
     "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, several])]
 )
+
+
+@devices
+def test_two_processes_compute_what_one_does(device, tmp_path):
+    """With tensor parallelism and with FSDP; in_parallel.py has the assertions."""
+    in_parallel.save(tmp_path)
+    paths = [str(Path(stof_hf.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    if device == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        in_parallel.__file__, tmp_path, device,
+    ]  # fmt: skip
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
 
 
 @devices

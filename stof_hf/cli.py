@@ -678,6 +678,27 @@ def bench_generate(
         raise typer.Exit(1)
 
 
+@bench_app.command("parallel")
+def bench_parallel(
+    contestants: Annotated[str | None, typer.Option(help="sdpa or stof; both by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Save the results here.")] = None,
+) -> None:
+    """Time a forward of a model of 1B parameters on one GPU, and by tensor parallelism on two.
+
+    Mistral with a window of 1,024, on 4,096 tokens.
+    The exit status is 1 where a contestant computed something else.
+    """
+    from .bench import parallel
+    from .bench.attention import default_device
+
+    names = contestants.split(",") if contestants else parallel.CONTESTANTS
+    data = parallel.run(names, device=default_device(device), json_path=json_path)
+    console.print(parallel.table(data))
+    if any(result["status"] != "ok" for result in data["results"]):
+        raise typer.Exit(1)
+
+
 @cache_app.command("list")
 def cache_list() -> None:
     """Show all tuned results, and which hold here."""

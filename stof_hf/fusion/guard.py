@@ -88,7 +88,7 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
         if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
             return f"{name} has forward hooks"
         if "forward" in vars(inner):
-            return f"{name} has a forward of its own (offloaded weights, or a patch)"
+            return f"{name} has a forward of its own (tensor parallel, offloaded, or a patch)"
         if isinstance(inner, nn.Dropout) and inner.training and not layer_module.training:
             return f"{name} is dropout in training mode"
     names = {id(m): name for name, m in layer_module.named_modules()}

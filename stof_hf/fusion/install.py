@@ -97,7 +97,7 @@ def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
     layer = layer_of(module, patch_of(module))
     reason = layer if isinstance(layer, str) else refusal(module, layer, tied)
     if reason is None and "forward" in vars(module):
-        reason = "it has a forward of its own (offloaded weights, or a patch)"
+        reason = "it has a forward of its own (tensor parallel, offloaded, or a patch)"
     if reason is None and (attention := attention_of(layer)) is not None:
         chosen = implementation(attention.module.config)
         if chosen not in IMPLEMENTATIONS:

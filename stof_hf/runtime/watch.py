@@ -87,7 +87,7 @@ def _of_module(module: nn.Module) -> str | None:
     if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
         return "has forward hooks, which a replay does not call"
     if "forward" in vars(module):
-        return "has a forward of its own (offloaded weights, or a patch)"
+        return "has a forward of its own (tensor parallel, offloaded, or a patch)"
     if module.training:
         return "is in training mode: call model.eval()"
     if type(module).__module__.startswith("peft."):

@@ -56,6 +56,11 @@ def folders(tmp_path, monkeypatch):
     return tmp_path / "cache" / "tuning", tmp_path / "configs"
 
 
+def kept(key, where):
+    """What a user's own file, or else the package's, holds for a key."""
+    return dict(cache.results(key.model, key.dtype, where)).get(key)
+
+
 def entry(time_us=900.0, *, days=0, **changes):
     segments = (
         Segment("packed_qkv", {"BLOCK_M": 128, "num_warps": 8}, 31.5),
@@ -195,12 +200,10 @@ def test_entries_that_would_not_survive(wrong):
 # Files
 
 
-def test_store_and_lookup(folders):
-    assert cache.lookup(KEY, H200) is None and not folders[0].exists()
+def test_what_is_stored_is_found(folders):
+    assert kept(KEY, H200) is None and not folders[0].exists()
     cache.store(KEY, entry(), H200)
-    found = cache.lookup(KEY, H200)
-    assert found.entry == entry() and found.exact and not found.shipped
-    assert str(found) == "tuned here for 8 x 512"
+    assert kept(KEY, H200) == entry()
     assert only_file(folders[0]).name.startswith("nvidia-h200-")
     assert json.loads(only_file(folders[0]).read_text())["header"]["driver"] == "580.65.06"
 
@@ -208,58 +211,34 @@ def test_store_and_lookup(folders):
 def test_the_faster_is_kept_and_the_newer_of_equals():
     cache.store(KEY, entry(900.0), H200)
     cache.store(KEY, entry(950.0, days=1), H200)
-    assert cache.lookup(KEY, H200).entry == entry(900.0)
+    assert kept(KEY, H200) == entry(900.0)
     cache.store(KEY, entry(900.0, days=2), H200)
     cache.store(KEY, entry(900.0, days=1), H200)
-    assert cache.lookup(KEY, H200).entry == entry(900.0, days=2)
+    assert kept(KEY, H200) == entry(900.0, days=2)
     cache.store(KEY, entry(800.0, days=-9), H200)
-    assert cache.lookup(KEY, H200).entry == entry(800.0, days=-9)
+    assert kept(KEY, H200) == entry(800.0, days=-9)
 
 
 def test_faster_means_per_token():
     """A shorter input of the same bucket takes less time without being faster."""
     cache.store(KEY, entry(900.0), H200)
     cache.store(KEY, entry(850.0, seq_len=400), H200)
-    assert cache.lookup(KEY, H200).entry.seq_len == 512
+    assert kept(KEY, H200).seq_len == 512
 
 
-@pytest.mark.parametrize(
-    ("known", "wanted", "nearest"),
-    [
-        ([(8, 256), (8, 2048)], (8, 512), (8, 256)),
-        ([(8, 256), (8, 1024)], (8, 512), (8, 1024)),  # equally far: the longer
-        ([(8, 384), (4, 512)], (8, 512), (8, 384)),
-        ([(8, 256), (4, 512)], (8, 512), (4, 512)),  # equally far: the nearer length
-        ([(1, 128), (16, 2048)], (8, 1024), (16, 2048)),
-        ([(4, 512), (16, 512)], (8, 512), (16, 512)),
-    ],
-)
-def test_the_nearest_bucket_is_found(known, wanted, nearest):
-    for batch, seq_len in known:
-        cache.store(resized(batch=batch, seq_len=seq_len), entry(), H200)
-    key = resized(batch=wanted[0], seq_len=wanted[1])
-    found = cache.lookup(key, H200)
-    assert (found.key.batch, found.key.seq_len) == nearest
-    assert not found.exact and found.wanted == key
-    assert str(found).endswith(f"for {nearest[0]} x {nearest[1]}, the nearest to {wanted[0]} x "
-                               f"{wanted[1]}")  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "other", [{"model": "bert-1"}, {"phase": "decode"}, {"dtype": "bfloat16"}, {"mask": "none"}]
-)
-def test_nothing_of_another_kind_is_near(other):
+@pytest.mark.parametrize("other", [{"model": "bert-1"}, {"dtype": "bfloat16"}])
+def test_results_of_other_models_and_dtypes_are_left_out(other):
     cache.store(resized(**other), entry(), H200)
-    assert cache.lookup(KEY, H200) is None
+    assert cache.results(KEY.model, KEY.dtype, H200) == []
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(Environment)])
 def test_other_environments_see_nothing(field, folders):
     other = dataclasses.replace(H200, **{field: "other"})
     cache.store(KEY, entry(900.0), H200)
-    assert cache.lookup(KEY, other) is None
+    assert kept(KEY, other) is None
     cache.store(KEY, entry(100.0), other)
-    assert cache.lookup(KEY, H200).entry.time_us == 900.0
+    assert kept(KEY, H200).time_us == 900.0
     assert len(list(folders[0].glob("*.json"))) == 2
 
 
@@ -272,7 +251,7 @@ def test_a_foreign_header_under_our_name_is_skipped_whole(folders):
         path.write_text(foreign)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert cache.lookup(KEY, H200) is None
+            assert kept(KEY, H200) is None
             # Storing starts a new file; what was there is set aside, not lost.
             cache.store(resized(batch=1), entry(), H200)
         assert list(cache._read(path).entries) == [resized(batch=1)]
@@ -319,12 +298,12 @@ def _is_damaged(path, key):
     """One warning, nothing found, and the next result is kept."""
     damaged = path.read_bytes()
     with pytest.warns(StofWarning, match="damaged") as caught:
-        assert cache.lookup(key, H200) is None
-        assert cache.lookup(key, H200) is None
+        assert kept(key, H200) is None
+        assert kept(key, H200) is None
     assert len(caught) == 1
     with pytest.warns(StofWarning, match="damaged"):
         cache.store(key, entry(700.0), H200)
-    assert cache.lookup(key, H200).entry.time_us == 700.0
+    assert kept(key, H200).time_us == 700.0
     assert path.with_name(path.name + ".skipped").read_bytes() == damaged
 
 
@@ -351,7 +330,7 @@ def test_every_truncation_is_noticed(folders):
     for size in range(0, len(whole) - 2, 17):
         only_file(folders[0]).write_text(whole[:size])
         with pytest.warns(StofWarning, match="damaged"):
-            assert cache.lookup(KEY, H200) is None
+            assert kept(KEY, H200) is None
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -360,7 +339,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("STOF_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.warns(StofWarning, match="STOF_CACHE_DIR"):
         cache.store(KEY, entry(), H200)
-    assert cache.lookup(KEY, H200) is None and cache.list_() == [] and cache.clear() == 0
+    assert kept(KEY, H200) is None and cache.list_() == [] and cache.clear() == 0
 
 
 def _tune(process, barrier):
@@ -382,7 +361,7 @@ def test_processes_that_tune_at_once_lose_nothing(folders):
     while any(process.is_alive() for process in processes):
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # A reader never sees half of a file.
-            cache.lookup(KEY, H200)
+            kept(KEY, H200)
         processes[0].join(0.002)
         processes[1].join(0.002)
     assert [process.exitcode for process in processes] == [0, 0]
@@ -399,29 +378,23 @@ def test_processes_that_tune_at_once_lose_nothing(folders):
 
 def test_shipped_results_need_the_gpu_alone(folders):
     ship(folders[1], {KEY: entry()}, dataclasses.replace(H200, torch="2.11.0", sources="old"))
-    found = cache.lookup(KEY, H200)
-    assert found.shipped and found.exact
-    assert str(found) == "shipped with stof_hf for 8 x 512"
-    assert cache.lookup(KEY, dataclasses.replace(H200, device="NVIDIA L4")) is None
+    assert kept(KEY, H200) == entry()
+    assert kept(KEY, dataclasses.replace(H200, device="NVIDIA L4")) is None
     # Of one slug, but another GPU.
-    assert cache.lookup(KEY, dataclasses.replace(H200, device="NVIDIA-H200")) is None
+    assert kept(KEY, dataclasses.replace(H200, device="NVIDIA-H200")) is None
 
 
-def test_the_users_results_come_before_shipped_ones_unless_those_are_nearer(folders):
-    ship(folders[1], {KEY: entry(100.0), resized(seq_len=2048): entry(100.0)})
-    cache.store(resized(seq_len=384), entry(), H200)
-    assert cache.lookup(KEY, H200).shipped
-    assert not cache.lookup(resized(seq_len=256), H200).shipped
+def test_the_users_results_take_the_place_of_shipped_ones(folders):
+    ship(folders[1], {KEY: entry(100.0), resized(seq_len=2048): entry(200.0)})
     cache.store(KEY, entry(900.0), H200)
-    assert not cache.lookup(KEY, H200).shipped
-    found = cache.lookup(resized(seq_len=1024), H200)
-    assert found.shipped and found.key.seq_len == 2048  # equally far: the longer
+    assert kept(KEY, H200) == entry(900.0)
+    assert kept(resized(seq_len=2048), H200) == entry(200.0)
 
 
 def test_a_damaged_shipped_file_is_skipped(folders):
     (folders[1] / "nvidia-h200.json").write_text("{}")
     with pytest.warns(StofWarning, match="damaged"):
-        assert cache.lookup(KEY, H200) is None
+        assert kept(KEY, H200) is None
 
 
 # Moving and removing
@@ -437,13 +410,13 @@ def test_export_and_import(tmp_path, monkeypatch, folders):
     monkeypatch.setenv("STOF_CACHE_DIR", str(tmp_path / "other"))
     cache.store(KEY, entry(800.0), H200)
     assert cache.import_(file) == (1, H200)
-    assert cache.lookup(KEY, H200).entry.time_us == 800.0
-    assert cache.lookup(resized(batch=1), H200).exact
+    assert kept(KEY, H200).time_us == 800.0
+    assert kept(resized(batch=1), H200)
     assert cache.import_(file) == (0, H200)
     # An exported file is what the package would ship.
     file.rename(folders[1] / "nvidia-h200.json")
     assert cache.clear() == 1
-    assert cache.lookup(KEY, H200).shipped
+    assert kept(KEY, H200).time_us == 900.0
 
 
 def test_import_of_another_environment_is_not_used(tmp_path):
@@ -452,8 +425,8 @@ def test_import_of_another_environment_is_not_used(tmp_path):
     cache.export(file, H200)
     cache.clear()
     assert cache.import_(file) == (1, H200)
-    assert cache.lookup(KEY, cache.environment()) is None
-    assert cache.lookup(KEY, dataclasses.replace(H200, driver="570.1")) is None
+    assert kept(KEY, cache.environment()) is None
+    assert kept(KEY, dataclasses.replace(H200, driver="570.1")) is None
 
 
 def test_import_of_what_is_no_export(tmp_path):
@@ -518,13 +491,13 @@ def test_command(tmp_path, folders):
     result, text = invoke("export", tmp_path / "out.json")
     assert result.exit_code == 0 and text.endswith("out.json: 1")
     result, text = invoke("clear", input="n\n")
-    assert result.exit_code == 1 and cache.lookup(KEY, here)
+    assert result.exit_code == 1 and kept(KEY, here)
     result, text = invoke("clear", "--yes")
     assert result.exit_code == 0 and "files removed: 2" in text
-    assert cache.lookup(KEY, here) is None
+    assert kept(KEY, here) is None
     result, text = invoke("import", tmp_path / "out.json")
     assert result.exit_code == 0 and text == "results new or faster than before: 1"
-    assert cache.lookup(KEY, here)
+    assert kept(KEY, here)
 
 
 def test_command_says_that_imported_results_are_not_used(tmp_path):

@@ -1,11 +1,13 @@
 """tune, apply_tuned and restore: on the CPU for real, and with recorded times as on a GPU."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from layers import build, first, inputs_of, interpreted
 import stof_hf
 from stof_hf.errors import StofError, StofWarning, UnsupportedError
 from stof_hf.fusion.install import find, replaced
-from stof_hf.fusion.layer_ops import SEGMENTS, schemes
+from stof_hf.fusion.layer_ops import SEGMENTS, Scheme, schemes
 from stof_hf.tuning import cache, measure, search
 from stof_hf.tuning.measure import Recorded, replaying
 
@@ -329,6 +331,36 @@ def test_apply_false_changes_nothing(invented):
     places = [child.weight.data_ptr() for child in model.modules() if hasattr(child, "weight")]
     assert len(places) == len(set(places))
     assert stof_hf.apply_tuned(model).installed == 2
+
+
+@interpreted
+def test_of_several_results_the_one_for_the_models_mask_is_installed(invented):
+    """Whichever was found last."""
+    model = build("bert")
+    stof_hf.tune(model, seq_len=32, budget_s=5, progress=False)
+    where = cache.environment(torch.device("cpu"))
+    ((key, entry), *rest) = cache.results(cache.fingerprint(model.config), "float32", where)
+    assert not rest and key.mask == "none"
+    kind, layer = next((k, v) for k, v in entry.layers.items() if k.startswith("BertLayer"))
+    names = next(f.layer.names for f in find(build("bert")) if f.kind == kind)
+    unfused = tuple(
+        cache.Segment("attention" if name == "attention" else "torch", {}, 1.0) for name in names
+    )
+    other = cache.Layer(Scheme.unfused(names).bits, unfused)
+    assert other.scheme != layer.scheme
+    later = entry.measured + timedelta(days=1)
+    sparse = dataclasses.replace(entry, layers={kind: other}, measured=later)
+    cache.store(dataclasses.replace(key, mask="1/2"), sparse, where)
+
+    def installed(model):
+        stof_hf.apply_tuned(model)
+        (fused, *_) = (vars(m)["_stof_fused"] for m in replaced(model) if "Layer" in str(type(m)))
+        return fused.choices[32].scheme
+
+    assert installed(build("bert")) == layer.scheme
+    sparser = build("bert")
+    stof_hf.set_pattern(sparser, stof_hf.patterns.SlidingWindow(0, 0))
+    assert installed(sparser) == other.scheme
 
 
 def test_nothing_tuned():

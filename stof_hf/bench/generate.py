@@ -245,13 +245,13 @@ def _times_ms(
 
     torch.compile's own graphs may (an assertion of torch 2.11, for FlexAttention).
     """
-    for name in [*steps]:
-        try:
-            for _ in range(_WARM_STEPS):
+    for _ in range(_WARM_STEPS):
+        for name in [*steps]:
+            try:
                 steps[name]()
-        except Exception as failure:
-            results[name] = {"status": "error", "error": describe(failure)}
-            del steps[name]
+            except Exception as failure:
+                results[name] = {"status": "error", "error": describe(failure)}
+                del steps[name]
     return turns_ms(steps, device)
 
 

@@ -5,7 +5,7 @@ One JSON file for each environment (GPU, driver, versions, sources of the kernel
 A file whose header names another environment is never used, not even in part. Results that the
 package ships lie in tuning/configs, one file for each GPU: these are matched by the GPU's name
 alone, because kernels, drivers and versions change faster than somebody tunes again. They are
-starting points that were measured elsewhere, and `Found.shipped` says so.
+starting points that were measured elsewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .environment import Environment, environment
 from .keys import Key, batch_bucket, fingerprint, mask_bucket, seq_bucket
 
 __all__ = [
-    "Entry", "Environment", "Found", "Key", "Layer", "Segment", "TunedFile", "batch_bucket",
-    "clear", "environment", "export", "fingerprint", "folder", "import_", "list_", "lookup",
+    "Entry", "Environment", "Key", "Layer", "Segment", "TunedFile", "batch_bucket",
+    "clear", "environment", "export", "fingerprint", "folder", "import_", "list_",
     "mask_bucket", "results", "seq_bucket", "shipped_dir", "show", "store",
 ]  # fmt: skip
 
@@ -60,62 +60,11 @@ class TunedFile:
         return self.path.parent == shipped_dir()
 
 
-@dataclass(frozen=True)
-class Found:
-    """A result that `lookup` found, and for what it was measured.
-
-    Args:
-        wanted: the key that was looked up.
-        key: the key of the result: `wanted`, or the nearest one.
-        shipped: whether it comes with the package; then only the GPU's name is known to agree, and
-            a template or a parameter that it names may be gone.
-    """
-
-    wanted: Key
-    key: Key
-    entry: Entry
-    shipped: bool
-
-    @property
-    def exact(self) -> bool:
-        """Whether it is of the very buckets that were looked up, rather than of the nearest."""
-        return self.key == self.wanted
-
-    def __str__(self) -> str:
-        place = "shipped with stof_hf" if self.shipped else "tuned here"
-        size = f"{self.key.batch} x {self.key.seq_len}"
-        if self.exact:
-            return f"{place} for {size}"
-        wanted = f"{self.wanted.batch} x {self.wanted.seq_len}"
-        return f"{place} for {size}, the nearest to {wanted}"
-
-
-def lookup(key: Key, where: Environment) -> Found | None:
-    """The result for a key, else the nearest one of the same model, phase, dtype and mask bucket.
-
-    The nearest is the one whose sizes are fewest doublings away, those of the sequence length and
-    of the batch size added up; among equals the nearer sequence length, then the longer one
-    (`Key.distance`). An exact shipped result comes before a near one of the user's, and the user's
-    come first among results at equal distance.
-
-    A damaged file is skipped with one StofWarning.
-    """
-    near = [
-        (distance, shipped, other, entry)
-        for shipped, entries in ((False, _own(where)), (True, _shipped(where)))
-        for other, entry in entries.items()
-        if (distance := key.distance(other)) is not None
-    ]
-    if not near:
-        return None
-    _, shipped, other, entry = min(near, key=lambda candidate: candidate[:2])
-    return Found(key, other, entry, shipped)
-
-
 def results(model: str, dtype: str, where: Environment) -> list[tuple[Key, Entry]]:
     """All results for a model's fingerprint and dtype, those found last at the end.
 
-    What the package ships comes in front of what was tuned here.
+    What the package ships comes in front of what was tuned here. A damaged file is skipped with
+    one StofWarning.
     """
     return [
         (key, entry)

@@ -13,7 +13,9 @@ import torch
 
 from ..errors import StofError
 
-__all__ = ["PHASES", "Key", "batch_bucket", "fingerprint", "mask_bucket", "seq_bucket"]
+__all__ = [
+    "PHASES", "Key", "batch_bucket", "fingerprint", "mask_bucket", "mask_distance", "seq_bucket",
+]  # fmt: skip
 
 PHASES = ("forward", "prefill", "decode")
 
@@ -104,6 +106,22 @@ def mask_bucket(share: float | None) -> str:
     return f"1/{2 ** round(-math.log2(max(share, 1 / 256)))}"
 
 
+def mask_distance(one: str, other: str) -> float:
+    """How far buckets of masks are: doublings of what they keep. Without a mask, all is kept.
+
+    A dense mask, which says nothing of what it keeps, is far from all others.
+
+    >>> mask_distance("1/8", "1/2"), mask_distance("none", "1/1"), mask_distance("none", "dense")
+    (2.0, 0.0, inf)
+    """
+    if one == other:
+        return 0.0
+    if "dense" in (one, other):
+        return math.inf
+    first, second = (1 if mask == "none" else int(mask[2:]) for mask in (one, other))
+    return abs(math.log2(first / second))
+
+
 @dataclass(frozen=True)
 class Key:
     """What a tuned result holds for.
@@ -157,21 +175,3 @@ class Key:
     def id(self) -> str:
         """Eight hexadecimal digits that stand for the key on the command line."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
-
-    def distance(self, other: Key) -> tuple[float, ...] | None:
-        """How far the sizes of `other` are, or None where it is of another kind.
-
-        The first number counts doublings: |log2| of the ratio of the sequence lengths, plus that
-        of the batch sizes. Among equal ones the nearer sequence length comes first, then the longer
-        one, then the larger batch.
-        """
-        kinds = [(key.model, key.phase, key.dtype, key.mask) for key in (self, other)]
-        if kinds[0] != kinds[1]:
-            return None
-        tokens = abs(math.log2(other.seq_len / self.seq_len))
-        return (
-            tokens + abs(math.log2(other.batch / self.batch)),
-            tokens,
-            -other.seq_len,
-            -other.batch,
-        )

@@ -23,7 +23,7 @@ from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from .keys import mask_bucket
 
-__all__ = ["Sample", "capture"]
+__all__ = ["Sample", "capture", "pattern_of"]
 
 #: Layers that are timed in turn, so that none finds its weights in the cache of the GPU.
 _MOST_LAYERS = 12
@@ -38,6 +38,12 @@ class _Frozen:
 
     def update(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return self.keys, self.values
+
+
+def pattern_of(attention: nn.Module) -> Pattern | None:
+    """What `set_pattern` set on a layer's attention."""
+    stamp = vars(attention).get("_stof_stamp")
+    return None if stamp is None else stamp.pattern
 
 
 @dataclass
@@ -96,8 +102,7 @@ class Sample:
         attention = attention_of(self.layer)
         if attention is None or implementation(attention.module.config) != "stof":
             return None
-        stamp = vars(attention.module).get("_stof_stamp")
-        return None if stamp is None else stamp.pattern
+        return pattern_of(attention.module)
 
     @cached_property
     def _attended(self) -> str:

@@ -16,14 +16,18 @@ from ..errors import StofError, StofWarning, UnsupportedError
 from ..fusion import fused
 from ..fusion.fused import Choice
 from ..fusion.install import FAMILIES, Found, find, install
+from ..fusion.layer import attention_of, implementation
 from ..fusion.layer_ops import Scheme
 from ..fusion.packing import unpack
+from ..masks.pattern import Pattern
+from ..masks.patterns import Causal, Full
+from ..masks.sparse_mask import SparseMask
 from . import cache
 from .inputs import Inputs, make_inputs, run
-from .keys import PHASES, Key
+from .keys import PHASES, Key, mask_bucket, mask_distance
 from .measure import Measurer, measurer_for
 from .report import LayerReport, SegmentReport, TuneReport
-from .sample import Sample, capture
+from .sample import Sample, capture, pattern_of
 from .search import Result, search
 
 __all__ = ["apply_tuned", "tune"]
@@ -150,6 +154,8 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
         key = Key.of(model.config, 1, 16, phase="forward", dtype=alike[0].dtype, mask="none")
         where = cache.environment(_device(alike))
         results = cache.results(key.model, key.dtype, where)
+        # What comes last stays, where several hold for as many rows.
+        results.sort(key=lambda found: _fit(alike, found[0]))
     for key, entry in results:
         rows = entry.batch_size * (1 if key.phase == "decode" else entry.seq_len)
         for kind in {found.kind for found in alike}:
@@ -185,6 +191,25 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
         raise StofError(problem)
     warnings.warn(f"stof_hf: {problem}", StofWarning, stacklevel=2)
     return report
+
+
+def _fit(layers: list[Found], key: Key) -> tuple[float, bool]:
+    """How well a result suits a model: its mask, then whether it is of whole sequences."""
+    mask = _mask(layers, key.seq_len)
+    return -mask_distance(mask, key.mask), key.phase != "decode"
+
+
+def _mask(layers: list[Found], tokens: int) -> str:
+    """The bucket of the mask that layers have at a length, as far as their pattern says."""
+    attention = next(filter(None, (attention_of(found.layer) for found in layers)), None)
+    if attention is None:
+        return "none"
+    if implementation(attention.module.config) != "stof":
+        return "dense"
+    whole: Pattern = Causal() if getattr(attention.module, "is_causal", False) else Full()
+    pattern = pattern_of(attention.module)
+    mask = SparseMask.from_pattern(whole if pattern is None else whole & pattern, tokens)
+    return mask_bucket(mask.valid_share)
 
 
 def _begin(model: nn.Module, phase: str) -> tuple[list[Found], TuneReport]:

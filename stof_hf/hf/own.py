@@ -51,7 +51,8 @@ def patch(module: ModuleType) -> None:
     for cls, name, original, function in found.values():
         setattr(cls, name, _switch(original, function))
     for cls in vars(module).values():
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        own = isinstance(cls, type) and cls.__module__ == module.__name__
+        if own and issubclass(cls, PreTrainedModel):
             # Transformers reads the module's source to see whether its attention can be switched.
             cls._can_set_attn_implementation_cached_value = True
     _served.add(family)

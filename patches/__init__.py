@@ -17,4 +17,6 @@ OWN_ATTENTION = {
     "bigbird_pegasus": "big_bird",
     "longt5": "longt5",
     "bloom": "bloom",
+    "falcon": "falcon",
+    "mpt": "mpt",
 }

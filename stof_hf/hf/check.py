@@ -181,10 +181,8 @@ def _attention_classes(cls: type) -> list[type]:
 
 
 def _picks_classes(cls: type) -> bool:
-    """Whether the model's module holds a table from implementation names to classes, as SAM's."""
-    tables = (t for t in vars(sys.modules.get(cls.__module__)).values() if isinstance(t, dict))
-    named = (t for t in tables if "eager" in t and "stof" not in t)
-    return any(all(isinstance(c, type) for c in t.values()) for t in named)
+    """Whether the model's module has a table of classes without "stof"."""
+    return any("stof" not in table for table in own.class_tables(sys.modules[cls.__module__]))
 
 
 def _extends_mask(cls: type) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.models.bloom.modeling_bloom import dropout_add
 
 from stof_hf.hf.attention import stof_attention
+from stof_hf.hf.own import require_padding
 
 
 def attention(
@@ -47,7 +48,8 @@ def _project(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def lend_configuration(self: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
-    """The attention layers do not know the configuration."""
+    """`BloomModel.forward`; the attention layers do not know the configuration."""
+    require_padding(self, kwargs.get("attention_mask"))
     for block in self.h:
         block.self_attention.__dict__["config"] = self.config
     return original(self, *args, **kwargs)

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 
 from stof_hf.hf.attention import stof_attention
-from stof_hf.hf.own import Carried
+from stof_hf.hf.own import Carried, require_padding
 
 
 def attention(
@@ -62,9 +62,17 @@ def _split(
     return grouped[:, :, :, :-2].flatten(2, 3), grouped[:, :, :, -2], grouped[:, :, :, -1]
 
 
+def model(self: nn.Module, original: Any, *args: Any, **kwargs: Any) -> Any:
+    """`FalconModel.forward`."""
+    if self.use_alibi:
+        require_padding(self, kwargs.get("attention_mask"))
+    return original(self, *args, **kwargs)
+
+
 METHODS = {
     "falcon": {
         "FalconAttention.forward": attention,
         "FalconFlashAttention2.forward": attention,
+        "FalconModel.forward": model,
     },
 }

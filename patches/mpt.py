@@ -59,11 +59,15 @@ def model(
     return_dict: bool | None = None,
     **kwargs: Any,
 ) -> Any:
-    """`MptModel.forward`: the attention layers know neither the configuration nor whether their
+    """`MptModel.forward`; the attention layers know neither the configuration nor whether their
     weights are wanted."""
     wanted = self.config.output_attentions if output_attentions is None else output_attentions
     if wanted:
         raise UnsupportedError(NO_WEIGHTS)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 4:
+        # The own code takes every value but 0 for hidden, also the True that elsewhere allows.
+        hidden = attention_mask != 0
+        attention_mask = ~hidden if attention_mask.dtype == torch.bool else hidden
     for block in self.blocks:
         block.attn.__dict__["config"] = self.config
     return original(

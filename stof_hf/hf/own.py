@@ -140,6 +140,16 @@ def carried(make_mask: Callable[..., Any]) -> Callable[..., Any]:
     return mask_function
 
 
+def require_padding(model: nn.Module, mask: Any) -> None:
+    """Raise UnsupportedError for a mask from which a model cannot compute ALiBi."""
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        raise UnsupportedError(
+            f"{type(model).__name__} computes ALiBi from the attention mask, which must be [batch, "
+            "tokens]: give a mask of padding and a dynamic cache, and patterns by "
+            "stof_hf.set_pattern"
+        )
+
+
 _warned: set[str] = set()
 
 

@@ -16,4 +16,7 @@ OWN_ATTENTION = {
     "big_bird": "big_bird",
     "bigbird_pegasus": "big_bird",
     "longt5": "longt5",
+    "bloom": "bloom",
+    "falcon": "falcon",
+    "mpt": "mpt",
 }

@@ -43,9 +43,9 @@ def test_vision_works() -> None:
 
 
 def test_refused() -> None:
-    outcome, reason = outcome_of(audit_type("bloom"))
+    outcome, reason = outcome_of(audit_type("xlnet"))
     assert outcome == "refused"
-    assert "BloomModel computes attention on its own" in reason
+    assert "XLNetModel computes attention on its own" in reason
 
 
 def test_wrong_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,9 +31,7 @@ VISION = {
 }  # fmt: skip
 IDS = torch.randint(3, 50, (2, 12), generator=torch.Generator().manual_seed(0))
 BYPASSING = {
-    "Mpt": {"vocab_size": 50, "d_model": 32, "n_layers": 1, "n_heads": 2},
     "XLNet": {"vocab_size": 50, "d_model": 32, "n_layer": 1, "n_head": 2},
-    "Bloom": {"vocab_size": 50, "hidden_size": 32, "n_layer": 1, "n_head": 2},
 }
 
 

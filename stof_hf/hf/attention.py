@@ -20,6 +20,11 @@ from .resolve import resolve_mask
 
 Output = tuple[torch.Tensor, None]
 
+NO_WEIGHTS = (
+    'attn_implementation="stof" never holds the attention weights that output_attentions=True asks '
+    'for: call model.set_attn_implementation("eager") to get them'
+)
+
 
 def stof_attention(
     module: nn.Module,
@@ -78,11 +83,7 @@ def stof_attention(
             if pending:
                 stamp_pending()
         if output_attentions:
-            raise UnsupportedError(
-                'attn_implementation="stof" never holds the attention weights that '
-                "output_attentions=True asks for: call "
-                'model.set_attn_implementation("eager") to get them'
-            )
+            raise UnsupportedError(NO_WEIGHTS)
         stamp = module.__dict__.get("_stof_stamp")
         if key.shape[0] != query.shape[0]:
             query, key, value = _one_batch(query, key, value)

@@ -1,7 +1,7 @@
 """Which models may load with "stof": a wrapper of two methods of Transformers' PreTrainedModel.
 
 Transformers lets every model load with any registered attention name, also those that compute
-attention on their own and never look at it (BLOOM, Reformer). Such a model would run as
+attention on their own and never look at it (XLNet, Reformer). Such a model would run as
 before and look as if it were sparse. The wrappers below add to Transformers' own check, which runs
 in every model's constructor and in `set_attn_implementation`:
 
@@ -46,7 +46,7 @@ def _wrap_check(original: Any) -> Any:
     def get_correct_attn_implementation(
         self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        if requested_attention in _NAMES and (reason := obstacle(type(self))):
+        if reason := _obstacle_to(requested_attention, type(self)):
             requested_attention = _refuse(self, reason)
         if requested_attention in _NAMES and is_init_check and _picks_classes(type(self)):
             requested_attention = _refuse(self, _PICKS)
@@ -67,14 +67,16 @@ def _wrap_set(original: Any) -> Any:
         wanted = attn_implementation
         if isinstance(wanted, dict):
             wanted = wanted.get("")
-        if wanted in _NAMES and (reason := obstacle(type(self))):
+        if reason := _obstacle_to(wanted, type(self)):
             wanted = _refuse(self, reason)
             attn_implementation = (
                 wanted if isinstance(attn_implementation, str) else attn_implementation
             )
         if isinstance(attn_implementation, str) and attn_implementation in _NAMES:
             for module in self.modules():
-                if isinstance(module, PreTrainedModel) and (reason := obstacle(type(module))):
+                if not isinstance(module, PreTrainedModel):
+                    continue
+                if reason := _obstacle_to(attn_implementation, type(module)):
                     _refuse(module, reason)
         if attn_implementation is not None:
             original(self, attn_implementation, *args, **kwargs)
@@ -109,6 +111,17 @@ _PICKS = (
     "without attn_implementation, then switch its other layers with "
     'model.set_attn_implementation("stof")'
 )
+_NOT_PAGED = (
+    "computes attention on its own, for which continuous batching has no form: use generate with "
+    'attn_implementation="stof"'
+)
+
+
+def _obstacle_to(name: Any, cls: type) -> str | None:
+    """Why a model class cannot run with an attention implementation of ours, or None."""
+    if name not in _NAMES:
+        return None
+    return _NOT_PAGED if name == "paged|stof" and own.serves(cls) else obstacle(cls)
 
 
 def _refuse(model: PreTrainedModel, reason: str) -> None:
@@ -168,10 +181,8 @@ def _attention_classes(cls: type) -> list[type]:
 
 
 def _picks_classes(cls: type) -> bool:
-    """Whether the model's module holds a table from implementation names to classes, as SAM's."""
-    tables = (t for t in vars(sys.modules.get(cls.__module__)).values() if isinstance(t, dict))
-    named = (t for t in tables if "eager" in t and "stof" not in t)
-    return any(all(isinstance(c, type) for c in t.values()) for t in named)
+    """Whether the model's module has a table of classes without "stof"."""
+    return any("stof" not in table for table in own.class_tables(sys.modules[cls.__module__]))
 
 
 def _extends_mask(cls: type) -> bool:

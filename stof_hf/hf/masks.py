@@ -22,7 +22,7 @@ from ..masks.pattern import Pattern
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask, structure_of
 from .combine import derive
-from .own import mask_for_own_code
+from .own import carried, mask_for_own_code
 from .patching import active
 from .recognise import chunks_from_zero, closed_form_text, pattern_of
 from .symbolic import is_opaque, names_tensor, recognise
@@ -30,6 +30,7 @@ from .symbolic import is_opaque, names_tensor, recognise
 MaskFunction = Callable[..., torch.Tensor]
 
 
+@carried
 def stof_mask(
     batch_size: int,
     q_length: int,

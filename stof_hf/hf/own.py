@@ -12,8 +12,9 @@ import importlib
 import inspect
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from transformers.masking_utils import eager_mask
 
 from ..errors import StofWarning, UnsupportedError
 from ..masks.sparse_mask import SparseMask
+from ..masks.traced import TracedMask
 from ..patches import OWN_ATTENTION
 from . import attention
 from .patching import pending, stamp_pending, stamp_pending_traced
@@ -51,9 +53,12 @@ def patch(module: ModuleType) -> None:
     for cls, name, original, function in found.values():
         setattr(cls, name, _switch(original, function))
     for cls in vars(module).values():
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        own = isinstance(cls, type) and cls.__module__ == module.__name__
+        if own and issubclass(cls, PreTrainedModel):
             # Transformers reads the module's source to see whether its attention can be switched.
             cls._can_set_attn_implementation_cached_value = True
+    for table in class_tables(module):
+        table["stof"] = table["eager"]
     _served.add(family)
 
 
@@ -75,6 +80,12 @@ def _switch(original: Callable[..., Any], function: Callable[..., Any]) -> Calla
     return method
 
 
+def class_tables(module: ModuleType) -> list[dict[str, type]]:
+    """The module's tables from names of attention implementations to classes, as SAM's."""
+    tables = (t for t in vars(module).values() if isinstance(t, dict) and "eager" in t)
+    return [t for t in tables if all(isinstance(c, type) for c in t.values())]
+
+
 def serves(cls: type) -> bool | None:
     """Whether "stof" computes the attention of a model class that does it on its own.
 
@@ -94,6 +105,49 @@ def mask_for_own_code(config: Any, **arguments: Any) -> torch.Tensor | None:
         return None
     rows = _MASK_ROWS[family] or arguments.pop("q_length")
     return eager_mask(**{**arguments, "q_length": rows})
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A mask that a family's own code hands on to its layers without a look inside.
+
+    MPT casts its mask, which may be None; Falcon adds ALiBi to one of four dimensions.
+    """
+
+    mask: SparseMask | TracedMask | None
+    ndim: ClassVar[int] = 0
+
+    def to(self, *args: Any, **kwargs: Any) -> Carried:
+        return self
+
+    def contiguous(self) -> Carried:
+        return self
+
+
+def carried(make_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function whose masks are `Carried` where the family needs that."""
+
+    @functools.wraps(make_mask)
+    def mask_function(*args: Any, **kwargs: Any) -> Any:
+        mask = make_mask(*args, **kwargs)
+        config = kwargs.get("config")
+        family = getattr(config, "model_type", None)
+        needed = family == "mpt" or (family == "falcon" and config.alibi)
+        if not needed or family not in _served or isinstance(mask, Carried):
+            return mask
+        return Carried(mask)
+
+    return mask_function
+
+
+def require_padding(model: nn.Module, mask: Any) -> None:
+    """Raise UnsupportedError for a mask from which a model cannot compute ALiBi."""
+    if mask is not None and getattr(mask, "ndim", None) != 2:
+        raise UnsupportedError(
+            f"{type(model).__name__} computes ALiBi from the attention mask, which must be [batch, "
+            "tokens]: give a mask of padding and a dynamic cache, and patterns by "
+            "stof_hf.set_pattern"
+        )
 
 
 _warned: set[str] = set()

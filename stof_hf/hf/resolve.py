@@ -164,16 +164,16 @@ def _given(mask: Any, query: torch.Tensor, key: torch.Tensor) -> tuple[Any, torc
             )
         if torch.compiler.is_compiling():
             return _dense_in_graph(mask)
-        return _cached(mask, _dense)
+        return converted(mask, _dense)
     if type(mask).__name__ == "BlockMask":
-        return _cached(mask, lambda m: (SparseMask.from_block_mask(m), None))
+        return converted(mask, lambda m: (SparseMask.from_block_mask(m), None))
     raise MaskError(
         f"{type(mask).__name__} is no mask: give a SparseMask, a Pattern, a BlockMask, or a bool "
         "or float tensor"
     )
 
 
-def _cached(mask: Any, convert: Any) -> Any:
+def converted(mask: Any, convert: Any) -> Any:
     """`convert(mask)`, once for a mask's identity and version."""
     version = None
     if isinstance(mask, torch.Tensor):
@@ -247,7 +247,7 @@ def _packed(cu_q: torch.Tensor, cu_k: torch.Tensor | None, q_len: int, kv_len: i
         positions = torch.arange(q_len)
         return Documents(torch.searchsorted(cu.to("cpu", torch.int64), positions, right=True))
 
-    return _cached(cu_q, documents)
+    return converted(cu_q, documents)
 
 
 def _direct(pattern: Pattern, query: torch.Tensor, key: torch.Tensor) -> SparseMask:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+import stof_hf.audit
 import stof_hf.hf.attention as hf_attention
 from stof_hf.audit import audit, markdown, summary
 from stof_hf.audit.compare import audit_type
@@ -68,7 +69,17 @@ def test_bypass_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda *args, **kwargs: None)
-    assert outcome_of(audit_type("vit"))[0] == "ignored"
+    result = audit_type("vit")
+    assert outcome_of(result)[0] == "ignored"
+    data = {"transformers": "5", "torch": "2", "types": {"vit": result}}
+    monkeypatch.setattr(stof_hf.audit, "audit", lambda *args, **kwargs: data)
+    assert CliRunner().invoke(app, ["models", "--types", "vit"]).exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["pp_formulanet_vision", "gemma4_audio", "gemma3n_audio"])
+def test_towers_with_attention_of_their_own_are_refused(name: str) -> None:
+    outcome, reason = outcome_of(audit_type(name))
+    assert outcome == "refused" and "computes attention on its own" in reason
 
 
 def test_shrunk_keeps_each_kind_of_layer() -> None:

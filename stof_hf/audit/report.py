@@ -7,7 +7,8 @@ from collections import Counter
 from typing import Any
 
 # Worst first: a model type has the outcome of its worst check.
-_ORDER = ("WRONG", "crash", "ignored", "falls back")
+FAILURES = ("WRONG", "crash", "ignored")
+_ORDER = (*FAILURES, "falls back")
 
 
 def outcome_of(result: dict[str, Any]) -> tuple[str, str]:

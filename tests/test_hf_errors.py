@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConf
 
 import stof_hf
 from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, patterns
-from stof_hf.hf.attention import stof_attention
 from stof_hf.hf import check
+from stof_hf.hf.attention import stof_attention
 from stof_hf.hf.classes import uses_interface
 
 SMALL = {

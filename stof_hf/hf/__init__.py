@@ -21,5 +21,5 @@ def register() -> None:
     install()
 
 
-# Importing it registers "stof", which imports the modules here: before one of them is half imported.
+# Importing it registers "stof", which imports the modules here: first, while none is half imported.
 import transformers.modeling_utils  # noqa: E402, F401

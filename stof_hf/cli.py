@@ -231,7 +231,7 @@ def models(
     from rich.progress import MofNCompleteColumn, Progress
 
     from .audit import audit, markdown, model_types, summary
-    from .audit.report import FAILURES, outcome_of
+    from .audit.report import FAILURES, outcome_of, share
 
     known = model_types()
     names = known if types is None else types.split(",")
@@ -249,6 +249,7 @@ def models(
             console.print(f"{name}: {outcome} {reason}".rstrip(), highlight=False, markup=False)
     counts = summary(data)
     console.print(", ".join(f"{name} {count}" for name, count in counts.items()), highlight=False)
+    console.print(share(counts), highlight=False)
     if any(counts.get(outcome) for outcome in FAILURES):
         raise typer.Exit(1)
 

@@ -225,13 +225,13 @@ def models(
 ) -> None:
     """Compare "stof" with eager attention on a tiny model of each model type of Transformers.
 
-    The exit status is 1 where a model type silently differs from eager, or fails without a clear
-    error.
+    The exit status is 1 where a model type silently differs from eager or ignores "stof", or fails
+    without a clear error.
     """
     from rich.progress import MofNCompleteColumn, Progress
 
     from .audit import audit, markdown, model_types, summary
-    from .audit.report import outcome_of
+    from .audit.report import FAILURES, outcome_of, share
 
     known = model_types()
     names = known if types is None else types.split(",")
@@ -245,11 +245,12 @@ def models(
         markdown_path.write_text(markdown(data))
     for name, result in data["types"].items():
         outcome, reason = outcome_of(result)
-        if types is not None or outcome in ("WRONG", "crash", "ignored"):
+        if types is not None or outcome in FAILURES:
             console.print(f"{name}: {outcome} {reason}".rstrip(), highlight=False, markup=False)
     counts = summary(data)
     console.print(", ".join(f"{name} {count}" for name, count in counts.items()), highlight=False)
-    if counts.get("WRONG") or counts.get("crash"):
+    console.print(share(counts), highlight=False)
+    if any(counts.get(outcome) for outcome in FAILURES):
         raise typer.Exit(1)
 
 

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
+import stof_hf.audit
 import stof_hf.hf.attention as hf_attention
 from stof_hf.audit import audit, markdown, summary
 from stof_hf.audit.compare import audit_type
-from stof_hf.audit.report import outcome_of
+from stof_hf.audit.report import outcome_of, share
 from stof_hf.audit.shrink import shrunk
 from stof_hf.cli import app
 
@@ -68,7 +69,40 @@ def test_bypass_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.modeling_utils import PreTrainedModel
 
     monkeypatch.setattr(PreTrainedModel, "set_attn_implementation", lambda *args, **kwargs: None)
-    assert outcome_of(audit_type("vit"))[0] == "ignored"
+    result = audit_type("vit")
+    assert outcome_of(result)[0] == "ignored"
+    data = {"transformers": "5", "torch": "2", "types": {"vit": result}}
+    monkeypatch.setattr(stof_hf.audit, "audit", lambda *args, **kwargs: data)
+    assert CliRunner().invoke(app, ["models", "--types", "vit"]).exit_code == 1
+
+
+@pytest.mark.parametrize("name", ["pp_formulanet_vision", "gemma4_audio", "gemma3n_audio"])
+def test_towers_with_attention_of_their_own_are_refused(name: str) -> None:
+    outcome, reason = outcome_of(audit_type(name))
+    assert outcome == "refused" and "computes attention on its own" in reason
+
+
+def test_summary_counts_as_compared_what_computed_both_outputs() -> None:
+    def checked(outcome: str, **more: Any) -> dict[str, Any]:
+        return {"classes": {"A": {"checks": {"forward": {"outcome": outcome, **more}}}}}
+
+    own = "AModel computes attention on its own and would ignore it"
+    types = {
+        "fine": checked("works", error=0.0),
+        "apart": checked("WRONG", error=1.0),
+        "plain": checked("no attention", error=0.0),
+        "indexed": checked("refused", reason="passes indices"),
+        "tower": checked("refused", reason=own),
+        "own": {"classes": {"A": {"load": own, "checks": {}}}},
+        "by name": {"classes": {"A": {"load": "picks classes", "checks": {}}}},
+        "unbuilt": {"reason": "is a part of other models"},
+    }
+    counts = summary({"types": types})
+    assert counts == {
+        "types": 8, "compared": 3, "refused at load": 2, "use the interface": 4, "refused": 4,
+        "works": 1, "WRONG": 1, "no attention": 1, "unverified": 1,
+    }  # fmt: skip
+    assert share(counts).startswith("1 of the 4 types") and share(counts).endswith("(25.0 %)")
 
 
 def test_shrunk_keeps_each_kind_of_layer() -> None:
@@ -97,7 +131,7 @@ def test_command(tmp_path: Path) -> None:
     page = tmp_path / "models.md"
     result = CliRunner().invoke(app, ["models", "--types", "vit", "--markdown", str(page)])
     assert result.exit_code == 0, result.output
-    assert "vit: works" in result.output
+    assert "vit: works" in result.output and "1 of the 1 types" in result.output
     assert "| vit | works |" in page.read_text()
     unknown = CliRunner().invoke(app, ["models", "--types", "vit,nonesuch"])
     assert unknown.exit_code == 2

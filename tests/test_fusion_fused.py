@@ -3,6 +3,8 @@
 import copy
 import warnings
 
+import accelerate
+import peft
 import pytest
 import torch
 import transformers
@@ -66,90 +68,125 @@ def runs_fused(model, inputs, want=None, **tolerance):
     return count == 2 if count in (0, 2) else count
 
 
-class Lora(nn.Module):
-    """What PEFT puts in the place of a Linear."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.a = nn.Linear(base.in_features, 4, bias=False)
-        self.b = nn.Linear(4, base.out_features, bias=False)
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    weight = property(lambda self: self.base_layer.weight)
-    bias = property(lambda self: self.base_layer.bias)
-
-    def forward(self, x):
-        return self.base_layer(x) + self.b(self.a(x))
-
-    def merge(self):
-        with torch.no_grad():
-            self.base_layer.weight += self.b.weight @ self.a.weight
-        return self.base_layer
+# A projection of the first layer.
+PROJECTIONS = {
+    "bert": "layer.0.attention.self.query",
+    "llama": "layers.0.self_attn.q_proj",
+    "gpt2": "h.0.attn.c_attn",
+    "t5": "block.0.layer.0.SelfAttention.q",
+    "vit": "layers.0.attention.q_proj",
+    "modernbert": "layers.0.attn.Wqkv",
+}
+every_kind = pytest.mark.parametrize("model", PROJECTIONS, indirect=True)
+ROUNDING = {"rtol": 1e-4, "atol": 1e-4}
 
 
-class InheritedLora(nn.Linear):
-    """The same as a subclass."""
-
-    def __init__(self, base):
-        super().__init__(base.in_features, base.out_features, base.bias is not None)
-        self.load_state_dict(base.state_dict())
-        self.down, self.up = nn.Linear(base.in_features, 4), nn.Linear(4, base.out_features)
-
-    def forward(self, x):
-        return super().forward(x) + self.up(self.down(x))
+def adapted(model):
+    """With LoRA of random weights on a projection of the first layer."""
+    name = model.config.model_type
+    config = peft.LoraConfig(
+        target_modules=[PROJECTIONS[name]], init_lora_weights=False, fan_in_fan_out=name == "gpt2"
+    )
+    return peft.get_peft_model(model, config).eval()
 
 
-@pytest.mark.parametrize("adapter", [Lora, InheritedLora])
-def test_an_adapter_runs_the_layers_own_code_with_one_warning(model, inputs, adapter):
+@every_kind
+def test_an_adapter_runs_the_layers_own_code_until_it_is_merged_and_unloaded(model, inputs):
     install(blocks(model))
-    assert runs_fused(model, inputs) is True
-    parent, name, linear = projections(model)[0]
-    setattr(parent, name, adapter(linear).eval())
+    before = first(model, inputs)
+    with_adapter = adapted(model)
     plain = copy.deepcopy(model)
     restore(plain)
     want = first(plain, inputs)
-    with pytest.warns(StofWarning, match="not nn.Linear") as caught:
-        assert runs_fused(model, inputs, want) == 1
-        assert runs_fused(model, inputs, want) == 1
-    assert len(caught) == 1
-    setattr(parent, name, linear)
-    assert runs_fused(model, inputs) is True
+    assert not torch.allclose(want, before)
+    with pytest.warns(StofWarning, match="peft.tuners.lora.layer.Linear, not nn.Linear") as caught:
+        for change in (lambda: None, with_adapter.merge_adapter, with_adapter.unmerge_adapter):
+            change()
+            assert runs_fused(model, inputs, want, **ROUNDING) == 1
+    assert len([w for w in caught if w.category is StofWarning]) == 1
+    assert with_adapter.merge_and_unload() is model
+    assert runs_fused(model, inputs, want, **ROUNDING) is True
 
 
-def test_a_merged_adapter_counts(model, inputs):
+def test_an_adapter_that_is_unloaded_leaves_no_trace(model, inputs):
+    want = first(model, inputs)
     install(blocks(model))
-    before = first(model, inputs)
-    parent, name, linear = projections(model)[1]
-    setattr(parent, name, Lora(linear).eval())
+    with_adapter = adapted(model)
     with pytest.warns(StofWarning):
-        want = first(model, inputs)
-    setattr(parent, name, getattr(parent, name).merge())
+        first(model, inputs)
+    with_adapter.unload()
     assert runs_fused(model, inputs, want) is True
-    assert not torch.allclose(first(model, inputs), before)
 
 
+@every_kind
 def test_layers_with_adapters_are_left_alone(model):
-    parent, name, linear = projections(model)[0]
-    setattr(parent, name, InheritedLora(linear))
+    adapted(model)
     found = blocks(model)
     assert [layer.reason is None for layer in found] == [False, True]
-    assert "is a InheritedLora, not nn.Linear" in found[0].reason
+    assert "is a peft.tuners.lora.layer.Linear, not nn.Linear" in found[0].reason
     assert install(found) == [found[1].name]
 
 
-def test_half(model, inputs):
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_quantised_layers_are_left_alone(model, inputs, kind):
+    quantised = pytest.importorskip("bitsandbytes").nn
+    parent, name, linear = projections(model)[0]
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    layer = getattr(quantised, kind)(64, 64, bias=linear.bias is not None, **options)
+    layer.load_state_dict(linear.state_dict())
+    setattr(parent, name, layer.to("cpu"))
+    want = first(model, inputs)
+    found = blocks(model)
+    assert f"is a bitsandbytes.nn.modules.{kind}, not nn.Linear" in found[0].reason
+    assert install(found) == [found[1].name]
+    assert runs_fused(model, inputs, want, **ROUNDING) == 1
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(model, inputs, where, when, tmp_path):
+    want = first(model, inputs)
+    if when == "after":
+        install(blocks(model))
+        assert runs_fused(model, inputs, want) is True
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    if when == "after":
+        with pytest.warns(StofWarning, match="has a forward of its own .offloaded weights"):
+            assert runs_fused(model, inputs, want) is False
+    assert all("offloaded weights" in found.reason for found in blocks(model))
+    assert not install(blocks(model))
+    assert runs_fused(model, inputs, want) is False
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, convert",
+    [
+        (torch.float16, lambda model: model.half()),
+        (torch.bfloat16, lambda model: model.bfloat16()),
+        (torch.bfloat16, lambda model: model.to(torch.bfloat16)),
+    ],
+    ids=["half", "bfloat16", "to"],
+)
+@every_kind
+def test_another_dtype(model, inputs, dtype, convert):
     install(blocks(model))
     first(model, inputs)
-    model.bfloat16()
+    convert(model)
+    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     plain = copy.deepcopy(model)
     restore(plain)
-    with pytest.warns(StofWarning, match="tuned for torch.float32, its weights are torch.bfloat16"):
-        assert runs_fused(model, inputs, first(plain, inputs)) is False
+    want = first(plain, inputs)
+    with pytest.warns(StofWarning, match=f"tuned for torch.float32, its weights are {dtype}"):
+        assert runs_fused(model, inputs, want) is False
     install(blocks(model))
-    assert runs_fused(model, inputs, first(plain, inputs), rtol=5e-2, atol=5e-2) is True
-    model.float()
-    with pytest.warns(StofWarning, match="tuned for torch.bfloat16"):
+    assert runs_fused(model, inputs, want, rtol=5e-2, atol=5e-2) is True
+    model.to(torch.float32)
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    with pytest.warns(StofWarning, match=f"tuned for {dtype}"):
         assert runs_fused(model, inputs) is False
 
 
@@ -165,6 +202,7 @@ def test_weights_that_move_are_packed_again(model, inputs):
     assert runs_fused(model, inputs, want) is True
 
 
+@every_kind
 @pytest.mark.parametrize("assign", [False, True])
 def test_load_state_dict(model, inputs, assign):
     other = build(model.config.model_type)
@@ -222,6 +260,7 @@ def test_other_attention_functions(model, inputs, implementation):
     assert runs_fused(model, inputs, want) is True
 
 
+@every_kind
 def test_attentions_are_recorded_by_the_layers_own_code(model, inputs):
     model.set_attn_implementation("eager")
     with torch.no_grad():

@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConf
 
 import stof_hf
 from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, patterns
+from stof_hf.hf import check
 from stof_hf.hf.attention import stof_attention
-from stof_hf.hf.check import uses_interface
+from stof_hf.hf.classes import uses_interface
 
 SMALL = {
     "vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -71,6 +72,47 @@ def test_models_that_bypass_the_interface(name: str, tmp_path: Path) -> None:
     with pytest.warns(StofWarning, match="computes attention on its own"):
         fallen = AutoModel.from_config(config, attn_implementation="stof")
     assert fallen.config._attn_implementation != "stof"
+
+
+TOWERS = {
+    "PPFormulaNetVision": {**VISION, "num_hidden_layers": 1, "global_attn_indexes": []},
+    "Gemma4Audio": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "ClapAudio": {"depths": [1], "num_attention_heads": [2], "patch_embeds_hidden_size": 16},
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_that_bypass_the_interface_beside_models_that_use_it(name: str) -> None:
+    config, cls = (getattr(transformers, name + end) for end in ("Config", "Model"))
+    refused = pytest.raises(UnsupportedError, match=f"{name}Model computes attention on its own")
+    with refused:
+        cls._from_config(config(**TOWERS[name]), attn_implementation="stof")
+    model = cls(config(**TOWERS[name]))
+    with refused:
+        model.set_attn_implementation("stof")
+    with refused:
+        stof_hf.set_pattern(model, patterns.SlidingWindow(1, 0))
+
+
+@pytest.mark.parametrize("switched", [False, True])
+def test_parts_that_bypass_the_interface_warn(
+    switched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "_warned", set())
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ClapConfig(
+        text_config={**text, "vocab_size": 50}, audio_config=TOWERS["ClapAudio"], projection_dim=16
+    )
+    implementation = "eager" if switched else "stof"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = transformers.ClapModel._from_config(config, attn_implementation=implementation)
+        if switched:
+            model.set_attn_implementation("stof")
+        stof_hf.set_pattern(model, patterns.SlidingWindow(1, 0))
+    found = [str(w.message) for w in caught if issubclass(w.category, StofWarning)]
+    assert len(found) == 1 and "does not reach ClapAudioSelfAttention" in found[0]
+    assert model.text_model.config._attn_implementation == "stof"
 
 
 def test_models_that_pick_classes_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -154,6 +155,65 @@ def test_generate(family: Family, cache: str) -> None:
         results.append(torch.stack(out.logits))
     assert results[0].shape == results[1].shape
     assert error(*results) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "t5"])
+def test_a_draft_model_proposes_tokens(name: str, calls: list[int]) -> None:
+    family = next(f for f in PRESENT if f.name == name)
+    model, draft = family.build("eager"), family.build("eager")
+    # Near enough to the model that some of its tokens are taken, and some are not.
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape) * parameter.std())
+    inputs = inputs_of(family, batch=1, length=12)
+    inputs.pop("decoder_input_ids", None)
+    options = {"max_new_tokens": 16, "min_new_tokens": 16, "do_sample": False}
+    alone = model.generate(**inputs, **options)
+    results = []
+    for implementation in ("eager", "stof"):
+        for each in (model, draft):
+            each.set_attn_implementation(implementation)
+        results.append(model.generate(**inputs, assistant_model=draft, **options))
+        assert (calls[0] > 0) == (implementation == "stof")
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], alone)
+
+
+@pytest.mark.gpu
+@by_name([f for f in PRESENT if f.name in ("gpt2", "llama", "mistral", "gemma3")])
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_generate_with_an_offloaded_cache(family: Family, cache: str) -> None:
+    model = family.build("eager").cuda()
+    ids = tokens(2, 12).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    results = []
+    for implementation in ("eager", "stof"):
+        model.set_attn_implementation(implementation)
+        new = model.generate(
+            ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False,
+            cache_implementation=cache, disable_compile=True,
+        )  # fmt: skip
+        results.append(new.tolist())
+    assert results[0] == results[1]
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="Transformers before 5.23 takes it"
+)
+@pytest.mark.parametrize("name", ["stof", "paged|stof"])
+@pytest.mark.filterwarnings("ignore:The `paged.` prefix:FutureWarning")
+def test_continuous_batching_is_refused(name: str) -> None:
+    """By Transformers, whose message says what to use."""
+    model = next(f for f in PRESENT if f.name == "llama").build(name)
+    message = "Implementation stof is not supported for continuous batching. Use 'paged|eager'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.generate_batch(
+            inputs=[[5, 6, 7]],
+            generation_config=transformers.GenerationConfig(eos_token_id=-1, pad_token_id=0),
+            continuous_batching_config=transformers.ContinuousBatchingConfig(
+                auto_switch_to_flash=False
+            ),
+        )
 
 
 @pytest.mark.skipif(

@@ -1,4 +1,4 @@
-"""Trainer and accelerate with "stof": default dropout, gradient checkpointing, losses."""
+"""Trainer and accelerate with "stof": dropout, checkpointing, losses, packing, offloading."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    DataCollatorWithFlattening,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -122,3 +125,56 @@ def test_accelerate_launch(tmp_path: Path) -> None:
         text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "trained" in done.stdout, done.stderr
+
+
+def small_llama(implementation: str = "stof") -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation=implementation).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # else a wrong mask would hardly show
+    return model
+
+
+@pytest.mark.parametrize("flash_kwargs", [False, True])
+def test_packed_sequences_are_as_each_alone(flash_kwargs: bool) -> None:
+    """Without a cache, as in the Trainer: with one, Transformers looks for no packed sequences."""
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs, return_tensors="pt")
+    sequences = [torch.randint(3, 97, (n,)).tolist() for n in (5, 33, 1, 14)]
+    batch = collate([{"input_ids": ids} for ids in sequences])
+    assert batch["input_ids"].shape == (1, 53) and ("cu_seq_lens_q" in batch) == flash_kwargs
+    model = small_llama()
+    packed = model(**batch, use_cache=False)
+    alone = [model(torch.tensor([ids])).logits for ids in sequences]
+    torch.testing.assert_close(packed.logits, torch.cat(alone, 1), atol=1e-5, rtol=1e-5)
+    eager = small_llama("eager")
+    eager(**batch, use_cache=False).loss.backward()
+    packed.loss.backward()
+    for got, want in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "memory", [{"cpu": "150KB"}, pytest.param({0: "150KB", "cpu": "150KB"}, marks=pytest.mark.gpu)]
+)
+def test_layers_that_device_map_auto_offloads(memory: dict[Any, str], tmp_path: Path) -> None:
+    model = small_llama()
+    window = stof_hf.patterns.SlidingWindow(4, 0)
+    stof_hf.set_pattern(model, window)
+    ids = torch.randint(3, 97, (2, 20))
+    with torch.no_grad():
+        want = model(ids).logits
+    model.save_pretrained(tmp_path / "model")
+    loaded = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory=memory,
+        offload_folder=tmp_path / "weights", attn_implementation="stof",
+    )  # fmt: skip
+    assert set(loaded.hf_device_map.values()) == {*memory, "disk"}
+    with torch.no_grad():
+        got = loaded(ids).logits
+    tolerance = 2e-3 if 0 in memory else 1e-4
+    torch.testing.assert_close(got.cpu(), want, atol=tolerance, rtol=tolerance)

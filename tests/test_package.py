@@ -130,6 +130,15 @@ def test_registers_with_transformers_that_is_imported_before_or_after(order):
     assert python(code).strip() == "True"
 
 
+@pytest.mark.parametrize("name", ["attention", "check", "masks", "own", "patching"])
+def test_submodules_can_be_imported_first(name):
+    code = (
+        f"import stof_hf.hf.{name}; from transformers import AttentionInterface; "
+        "print('stof' in AttentionInterface())"
+    )
+    assert python(code).strip() == "True"
+
+
 def test_public_names_resolve():
     for name in stof_hf.__all__:
         assert getattr(stof_hf, name) is not None

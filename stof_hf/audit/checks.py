@@ -71,7 +71,7 @@ def checks_of(model: Any, inputs: Inputs, thorough: bool) -> Iterator[Check]:
     for name, arguments in {
         "generate": {},
         "generate static": {"cache_implementation": "static"},
-        "generate beams": {"num_beams": 2},
+        "generate beams": {"num_beams": 2, "num_return_sequences": 2, "output_scores": True},
         "generate assisted": {"prompt_lookup_num_tokens": 2},
     }.items():
         x = prompt
@@ -195,7 +195,10 @@ def gradients(model: Any, inputs: Inputs) -> Named:
 
 
 def generation(model: Any, inputs: Inputs, **arguments: Any) -> Named:
-    """Greedy or beam search: the logits of each step up to where the choice was a tie."""
+    """Greedy search: the logits of each step up to where the choice was a tie.
+
+    Beam search: the scores, and the new tokens of the best text, zeros where the next is as good.
+    """
     torch.manual_seed(0)
     out = model.generate(
         **inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False,
@@ -203,6 +206,9 @@ def generation(model: Any, inputs: Inputs, **arguments: Any) -> Named:
         **arguments,
     )  # fmt: skip
     if (scores := getattr(out, "sequences_scores", None)) is not None:
-        return {"scores": scores}
+        pairs = scores.unflatten(0, (-1, 2))
+        ahead = pairs[:, 0] - pairs[:, 1] > 10 * TOLERANCE
+        best = out.sequences.unflatten(0, (-1, 2))[:, 0, -NEW_TOKENS:]
+        return {"scores": scores, "sequences": (best * ahead[:, None]).float()}
     logits = torch.stack(out.logits, 1).float()
     return {"logits": logits, "tokens": logits.argmax(-1)}

@@ -7,7 +7,9 @@ from collections import Counter
 from typing import Any
 
 # Worst first: a model type has the outcome of its worst check.
-_ORDER = ("WRONG", "crash", "ignored", "falls back")
+FAILURES = ("WRONG", "crash", "ignored")
+_ORDER = (*FAILURES, "falls back")
+_OWN = "computes attention on its own"  # as a refusal says it
 
 
 def outcome_of(result: dict[str, Any]) -> tuple[str, str]:
@@ -46,11 +48,45 @@ def _named(classes: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def summary(data: dict[str, Any]) -> dict[str, int]:
-    """Numbers of model types by outcome, "compared" being those whose tiny model ran."""
-    counts = Counter(outcome_of(result)[0] for result in data["types"].values())
-    total = sum(counts.values())
-    compared = total - counts["unverified"] - counts["no attention"]
-    return {"types": total, "compared": compared, **dict(counts.most_common())}
+    """Numbers of model types, and of those of each outcome.
+
+    "compared": a check computed both outputs. "refused at load": no model was built at all; these
+    are among the refused. "use the interface": neither unverified, nor without attention, nor
+    refused because the model computes attention on its own; those that work are a share of these.
+
+    >>> summary({"types": {"a": {"reason": "is a part of other models"}}})
+    {'types': 1, 'compared': 0, 'refused at load': 0, 'use the interface': 0, 'unverified': 1}
+    """
+    results = data["types"].values()
+    outcomes = [outcome_of(result) for result in results]
+    apart = ("unverified", "no attention", "ignored")
+    return {
+        "types": len(outcomes),
+        "compared": sum(map(_compared, results)),
+        "refused at load": sum(map(_refused_at_load, results)),
+        "use the interface": sum(o not in apart and _OWN not in why for o, why in outcomes),
+        **dict(Counter(outcome for outcome, _ in outcomes).most_common()),
+    }
+
+
+def share(counts: dict[str, int]) -> str:
+    """How many types work of those that use the attention interface, from `summary`.
+
+    >>> share({"works": 3, "use the interface": 4})
+    '3 of the 4 types that use the attention interface work (75.0 %)'
+    """
+    works, of = counts.get("works", 0), counts["use the interface"]
+    percent = f" ({100 * works / of:.1f} %)" if of else ""
+    return f"{works} of the {of} types that use the attention interface work{percent}"
+
+
+def _compared(result: dict[str, Any]) -> bool:
+    return any("error" in check for _, check in _named(result.get("classes", {})))
+
+
+def _refused_at_load(result: dict[str, Any]) -> bool:
+    classes = result.get("classes", {}).values()
+    return any("load" in c for c in classes) and not any(c["checks"] for c in classes)
 
 
 _INTRO = """# Model types
@@ -59,6 +95,9 @@ Written by `stof models --markdown docs/models.md`. Each model type of Transform
 `attn_implementation="stof"` against `"eager"`. Padded query rows do not count, nor do attention weights, which "stof" never holds.
 
 {counts}
+
+{share}: those that are neither unverified, nor without attention, nor refused because they compute attention on their own.
+**compared**: a check computed both outputs. **refused at load**: no model was built; these are among the refused.
 
 **works**: every check that eager itself passes agrees. **refused**: raises an error that names the fix. **falls back**: another implementation runs, with a warning.
 **ignored**: the outputs agree, but "stof" was never called although the model has attention. **no attention**: nothing to replace. **crash**: an error of another kind than ours.
@@ -76,7 +115,10 @@ def markdown(data: dict[str, Any]) -> str:
     counts = summary(data)
     lines = [f"- {name}: {number}" for name, number in counts.items()]
     page = _INTRO.format(
-        transformers=data["transformers"], torch=data["torch"], counts="\n".join(lines)
+        transformers=data["transformers"],
+        torch=data["torch"],
+        counts="\n".join(lines),
+        share=share(counts),
     )
     for name, result in sorted(data["types"].items()):
         outcome, reason = outcome_of(result)

@@ -98,7 +98,8 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
             name = names.get(id(inner), type(inner).__name__)
             known = (nn.Linear, Conv1D, nn.Conv2d) if operator.projects else (nn.Embedding,)
             if operator.weighs and type(inner) not in known:
-                return f"{name} is a {type(inner).__name__}, not nn.{known[0].__name__}"
+                kind = f"{type(inner).__module__}.{type(inner).__qualname__}"
+                return f"{name} is a {kind}, not nn.{known[0].__name__}"
             mine = [(f"{name}.{key}", p) for key, p in inner._parameters.items() if p is not None]
             if reason := next(filter(None, (_unlike(*each) for each in mine)), None):
                 return reason

@@ -19,3 +19,7 @@ def register() -> None:
     AttentionInterface.register("paged|stof", paged_attention)
     AttentionMaskInterface.register("paged|stof", paged_mask)
     install()
+
+
+# Importing it registers "stof", which imports the modules here: first, while none is half imported.
+import transformers.modeling_utils  # noqa: E402, F401

@@ -7,6 +7,7 @@ in every model's constructor and in `set_attn_implementation`:
 
 - a model class that bypasses the attention interface, or changes its mask on the way to it, raises
   UnsupportedError for "stof";
+- attention classes that bypass it beside others that do not, as Gemma 4's audio tower, warn;
 - a model made from a configuration with patterns is noted, so that its layers get them;
 - a model with patterns that runs with another implementation than "stof" warns.
 """
@@ -14,21 +15,16 @@ in every model's constructor and in `set_attn_implementation`:
 from __future__ import annotations
 
 import functools
-import re
 import sys
-import types
 import warnings
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import StofWarning, UnsupportedError
-from . import own, patching
+from . import classes, own, patching
 
 _NAMES = ("stof", "paged|stof")
-_ATTENTION = re.compile(r"atte?n", re.IGNORECASE)
-_INTERFACE = {"ALL_ATTENTION_FUNCTIONS", "AttentionInterface"}
 
 
 def install() -> None:
@@ -46,11 +42,14 @@ def _wrap_check(original: Any) -> Any:
     def get_correct_attn_implementation(
         self: PreTrainedModel, requested_attention: str | None, is_init_check: bool = False
     ) -> str:
-        if reason := _obstacle_to(requested_attention, type(self)):
+        reason = _obstacle_to(requested_attention, type(self))
+        if reason and not (classes.is_a_part(type(self)) and _inside_a_model(self, is_init_check)):
             requested_attention = _refuse(self, reason)
-        if requested_attention in _NAMES and is_init_check and _picks_classes(type(self)):
+        if requested_attention in _NAMES and is_init_check and classes.picked_by_name(type(self)):
             requested_attention = _refuse(self, _PICKS)
         chosen = original(self, requested_attention, is_init_check)
+        if chosen in _NAMES:
+            _warn_of_own(type(self))
         if is_init_check:
             patching.register(self)
             _warn_if_dense(self, chosen)
@@ -74,7 +73,7 @@ def _wrap_set(original: Any) -> Any:
             )
         if isinstance(attn_implementation, str) and attn_implementation in _NAMES:
             for module in self.modules():
-                if not isinstance(module, PreTrainedModel):
+                if not isinstance(module, PreTrainedModel) or classes.is_a_part(type(module)):
                     continue
                 if reason := _obstacle_to(attn_implementation, type(module)):
                     _refuse(module, reason)
@@ -132,6 +131,37 @@ def _refuse(model: PreTrainedModel, reason: str) -> None:
     warnings.warn(message, StofWarning, stacklevel=4)
 
 
+def _inside_a_model(model: PreTrainedModel, is_init_check: bool) -> bool:
+    """Whether another model's constructor makes this one, or another model switches it.
+
+    A part has a configuration of its own and knows nothing of the model around it.
+    """
+    if not is_init_check:
+        return True  # What a user switches is checked before, in `set_attn_implementation`.
+    frame = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_locals.get("self") if frame.f_code.co_name == "__init__" else None
+        if isinstance(outer, PreTrainedModel) and outer is not model:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_own(cls: type) -> None:
+    names = ", ".join(classes.left_alone(cls))
+    if names and names not in _warned:
+        _warned.add(names)
+        warnings.warn(
+            f'attn_implementation="stof" does not reach {names}, which attends on its own, beside '
+            "Transformers' attention interface: it runs as before, and patterns leave it dense",
+            StofWarning,
+            stacklevel=4,
+        )
+
+
 def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
     if chosen in _NAMES or not patching.has_patterns(model):
         return
@@ -148,60 +178,6 @@ def _warn_if_dense(model: PreTrainedModel, chosen: str | None) -> None:
 @functools.cache
 def obstacle(cls: type) -> str | None:
     """Why a model class cannot run with "stof", or None."""
-    if not uses_interface(cls):
+    if not classes.uses_interface(cls):
         return _BYPASSES
-    return _EXTENDS if any(_extends_mask(c) for c in _attention_classes(cls)) else None
-
-
-def uses_interface(cls: type) -> bool:
-    """Whether a model class's attention goes through Transformers' attention interface.
-
-    Looks at the attention classes of the module that defines the class: at the names that their
-    code refers to, not at source text, which notebooks and frozen applications lack. A module
-    without attention classes is taken to combine models that are checked on their own. Families
-    that have a patch for their own attention are told apart by that.
-    """
-    if (served := own.serves(cls)) is not None:
-        return served
-    layers = _attention_classes(cls)
-    return not layers or any(_interface_calls(c) for c in layers)
-
-
-def _attention_classes(cls: type) -> list[type]:
-    module = sys.modules.get(cls.__module__)
-    classes = [c for c in vars(module).values() if isinstance(c, type)] if module else []
-    return [
-        c
-        for c in classes
-        if issubclass(c, nn.Module)
-        and c.__module__ == cls.__module__
-        and _ATTENTION.search(c.__name__)
-        and not issubclass(c, PreTrainedModel)
-    ]
-
-
-def _picks_classes(cls: type) -> bool:
-    """Whether the model's module has a table of classes without "stof"."""
-    return any("stof" not in table for table in own.class_tables(sys.modules[cls.__module__]))
-
-
-def _extends_mask(cls: type) -> bool:
-    """Whether a layer appends to its mask if that is a tensor, as DeepSeek V4's do."""
-    return any(names >= {"isinstance", "Tensor", "pad"} for names in _interface_calls(cls))
-
-
-def _interface_calls(cls: type) -> list[set[str]]:
-    """The names in each method of a class that refers to the attention interface."""
-    methods = (
-        _names(f.__code__)
-        for base in cls.__mro__
-        if base.__module__.split(".")[0] != "torch"
-        for f in vars(base).values()
-        if isinstance(f, types.FunctionType)
-    )
-    return [names for names in methods if _INTERFACE & names]
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return set(code.co_names).union(code.co_freevars, *inner)
+    return _EXTENDS if classes.extends_mask(cls) else None

@@ -154,7 +154,9 @@ def test_offloaded_weights(model, inputs, where, when, tmp_path):
     else:
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     if when == "after":
-        with pytest.warns(StofWarning, match="has a forward of its own .tensor parallel, offloaded"):
+        with pytest.warns(
+            StofWarning, match="has a forward of its own .tensor parallel, offloaded"
+        ):
             assert runs_fused(model, inputs, want) is False
     assert all("offloaded" in found.reason for found in blocks(model))
     assert not install(blocks(model))

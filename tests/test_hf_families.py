@@ -157,7 +157,13 @@ def test_generate(family: Family, cache: str) -> None:
     assert error(*results) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "mistral", "t5"])
+@pytest.mark.parametrize("name", [
+    "gpt2", "llama", "t5",
+    pytest.param("mistral", marks=pytest.mark.skipif(
+        Version(transformers.__version__) < Version("5.23"),
+        reason="eager itself fails: a cache of windows is cropped to another length than its mask",
+    )),
+])  # fmt: skip
 def test_a_draft_model_proposes_tokens(name: str, calls: list[int]) -> None:
     family = next(f for f in PRESENT if f.name == name)
     model, draft = family.build("eager"), family.build("eager")

@@ -19,6 +19,8 @@ __all__ = ["Guard", "columns", "layer_of", "pointer", "refusal"]
 
 #: Where Transformers' hooks live that record outputs; they do nothing but when it records.
 RECORDING = "transformers.utils.output_capturing"
+#: Of a module, why what replaces its class's forward does not run.
+OWN_FORWARD = "has a forward of its own (tensor parallel, offloaded, or a patch)"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _training = attrgetter("training")
 pointer = torch.Tensor.data_ptr
@@ -88,7 +90,7 @@ def refusal(layer_module: nn.Module, layer: Layer, tied: set[int]) -> str | None
         if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
             return f"{name} has forward hooks"
         if "forward" in vars(inner):
-            return f"{name} has a forward of its own (tensor parallel, offloaded, or a patch)"
+            return f"{name} {OWN_FORWARD}"
         if isinstance(inner, nn.Dropout) and inner.training and not layer_module.training:
             return f"{name} is dropout in training mode"
     names = {id(m): name for name, m in layer_module.named_modules()}

@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
 from .fused import Choice, Fused, dtype_of
-from .guard import layer_of, refusal
+from .guard import OWN_FORWARD, layer_of, refusal
 from .layer import Context, Layer, attention_of, implementation
 from .packing import unpack
 from .parts import kind
@@ -97,7 +97,7 @@ def _look_at(name: str, module: nn.Module, tied: set[int]) -> Found:
     layer = layer_of(module, patch_of(module))
     reason = layer if isinstance(layer, str) else refusal(module, layer, tied)
     if reason is None and "forward" in vars(module):
-        reason = "it has a forward of its own (tensor parallel, offloaded, or a patch)"
+        reason = f"it {OWN_FORWARD}"
     if reason is None and (attention := attention_of(layer)) is not None:
         chosen = implementation(attention.module.config)
         if chosen not in IMPLEMENTATIONS:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _module
 
-from ..fusion.guard import RECORDING, Guard, columns, pointer
+from ..fusion.guard import OWN_FORWARD, RECORDING, Guard, columns, pointer
 from ..hf.patching import configs_of
 
 __all__ = ["Watch", "device_of", "refusal"]
@@ -87,7 +87,7 @@ def _of_module(module: nn.Module) -> str | None:
     if any(getattr(hook, "__module__", None) != RECORDING for hook in hooks):
         return "has forward hooks, which a replay does not call"
     if "forward" in vars(module):
-        return "has a forward of its own (tensor parallel, offloaded, or a patch)"
+        return OWN_FORWARD
     if module.training:
         return "is in training mode: call model.eval()"
     if type(module).__module__.startswith("peft."):

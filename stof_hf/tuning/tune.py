@@ -19,9 +19,9 @@ from ..fusion.install import FAMILIES, Found, find, install
 from ..fusion.layer import attention_of, implementation
 from ..fusion.layer_ops import Scheme
 from ..fusion.packing import unpack
+from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
 from ..masks.patterns import Causal, Full
-from ..masks.sparse_mask import SparseMask
 from . import cache
 from .inputs import Inputs, make_inputs, run
 from .keys import PHASES, Key, mask_bucket, mask_distance
@@ -208,8 +208,9 @@ def _mask(layers: list[Found], tokens: int) -> str:
         return "dense"
     whole: Pattern = Causal() if getattr(attention.module, "is_causal", False) else Full()
     pattern = pattern_of(attention.module)
-    mask = SparseMask.from_pattern(whole if pattern is None else whole & pattern, tokens)
-    return mask_bucket(mask.valid_share)
+    wanted = whole if pattern is None else whole & pattern
+    # Several results of a length share the mask.
+    return mask_bucket(mask_for(wanted, tokens, tokens, device=torch.device("cpu")).valid_share)
 
 
 def _begin(model: nn.Module, phase: str) -> tuple[list[Found], TuneReport]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from stof_hf.bench import flash, generate
 from stof_hf.bench.contestants import NO_FLASH_ATTN
+from stof_hf.bench.graph_trees import any_traces
 from stof_hf.errors import StofError
 
 CPU = torch.device("cpu")
@@ -151,3 +152,32 @@ def test_windows_are_read_from_the_cache():
 def test_contestants_have_names():
     with pytest.raises(StofError, match="no contestant is called 'vllm'; there are sdpa"):
         generate.run(contestants=["vllm"], device=CPU)
+
+
+def test_tensors_of_numbers_are_made_once():
+    with generate._Constants():
+        one, same, other = torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1], dtype=int)
+        assert torch.equal(torch.zeros(2)[one], torch.zeros(1))
+    assert one is same and one is not other and torch.tensor([-1]) is not one
+
+
+def test_graphs_may_have_outputs_without_a_stack_trace():
+    from types import SimpleNamespace
+
+    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
+
+    node = SimpleNamespace(
+        tensor_weakrefs=[None, None], stack_traces=["line 1"], outputs_weakrefs=[None, None],
+        wrapped_function=SimpleNamespace(id=0),
+    )  # fmt: skip
+    last = SimpleNamespace(_path_from_root=[node])
+    manager = SimpleNamespace(
+        current_node=last, id_to_mode={0: None}, disable_invalidate_aliases=False,
+        path_live_weakrefs=list,
+    )  # fmt: skip
+    manager.current_node.path_live_weakrefs = manager.path_live_weakrefs
+    own = CUDAGraphTreeManager.dealloc_current_path_weakrefs
+    with any_traces():
+        CUDAGraphTreeManager.dealloc_current_path_weakrefs(manager)
+    assert node.stack_traces == ["line 1", None]
+    assert CUDAGraphTreeManager.dealloc_current_path_weakrefs is own

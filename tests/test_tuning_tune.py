@@ -363,6 +363,16 @@ def test_of_several_results_the_one_for_the_models_mask_is_installed(invented):
     assert installed(sparser) == other.scheme
 
 
+@interpreted
+def test_a_pattern_need_not_be_made_for_every_length_that_is_tuned(invented):
+    for tokens in (16, 32):
+        stof_hf.tune(build("bert"), seq_len=tokens, budget_s=5, progress=False)
+    model, seen = build("bert"), torch.ones(16, 16, dtype=torch.bool)
+    pattern = stof_hf.patterns.Custom(lambda b, h, q, k: seen[q, k])
+    stof_hf.set_pattern(model, pattern, persist=False)
+    assert stof_hf.apply_tuned(model, strict=True).installed
+
+
 def test_nothing_tuned():
     with pytest.warns(StofWarning, match="nothing is tuned"):
         assert stof_hf.apply_tuned(build("bert")).installed == 0

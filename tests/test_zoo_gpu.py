@@ -55,3 +55,12 @@ def test_tuned_models_are_as_exact_as_plain_ones(name, padded):
     if padded and not ZOO[name].masked:
         pytest.skip("images have no padding")
     check(name, padded, 4, torch.device("cuda"), torch.float16, budget_s=6)
+
+
+@pytest.mark.gpu
+def test_results_of_a_mask_that_only_the_gpu_holds_apply():
+    problem = Problem("bert_base", 2, 128, torch.float16, torch.device("cuda"))
+    options = {"budget_s": 2, "progress": False}
+    tuned = stof_hf.tune(problem.sparse_model(), problem.inputs, **options)
+    applied = stof_hf.apply_tuned(problem.sparse_model(), strict=True)
+    assert applied.installed == tuned.installed > 0

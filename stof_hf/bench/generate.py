@@ -17,11 +17,13 @@ import torch
 import transformers
 from rich.table import Table
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..runtime.recorder import no_collection
 from . import flash
 from .attention import FORMAT, describe, known_contestants, save, source_hash
 from .contestants import missing_flash_attn
+from .graph_trees import any_traces
 from .records import model_environment
 from .timing import turns_ms
 from .zoo import in_dtype
@@ -93,10 +95,28 @@ def run(
     names = known_contestants(contestants, CONTESTANTS)
     data = {"format": FORMAT, **model_environment(device), "sources": source_hash(), "cells": []}
     for cell in chosen:
-        results = _measure(cell, names, device, options or {}, budget_s)
+        with any_traces():
+            results = _measure(cell, names, device, options or {}, budget_s)
         data["cells"].append({"cell": asdict(cell), "results": results})
         save(data, json_path)
     return data
+
+
+class _Constants(TorchFunctionMode):
+    """Tensors of Python's numbers are made once: a CUDA graph captures no copy from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[str, torch.Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.tensor:
+            return func(*args, **kwargs)
+        of = repr((args, kwargs))
+        if of not in self.made:
+            self.made[of] = func(*args, **kwargs)
+        return self.made[of]
 
 
 class _Step:
@@ -148,20 +168,22 @@ class _Step:
         """Let a CUDA graph do it from here on."""
         eager, side = self.run, torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                eager()
-        torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with no_collection(), torch.cuda.graph(graph):
-            logits = eager()[0]
+        # A full window makes an index of a number with every step.
+        with _Constants() as constants:
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    eager()
+            torch.cuda.current_stream().wait_stream(side)
+            with no_collection(), torch.cuda.graph(graph):
+                logits = eager()[0]
 
         def replay() -> tuple[torch.Tensor]:
             graph.replay()
             return (logits,)
 
         # What the graph reads, the model and the tokens, must live as long as it.
-        self.captured = eager
+        self.captured = eager, constants
         self.run = replay
         self.reset()
 
@@ -243,7 +265,7 @@ def _times_ms(
 ) -> dict[str, float]:
     """Of contestants in turns, but for those that fail after some steps, which their result says.
 
-    torch.compile's own graphs may (an assertion of torch 2.11, for FlexAttention).
+    torch.compile's own graphs may, where a later step captures.
     """
     for _ in range(_WARM_STEPS):
         for name in [*steps]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import StofError, StofWarning, UnsupportedError
+from ..errors import MaskError, StofError, StofWarning, UnsupportedError
 from ..fusion import fused
 from ..fusion.fused import Choice
 from ..fusion.install import FAMILIES, Found, find, install
@@ -196,11 +196,15 @@ def apply_tuned(model: nn.Module, *, strict: bool = False) -> TuneReport:
 def _fit(layers: list[Found], key: Key) -> tuple[float, bool]:
     """How well a result suits a model: its mask, then whether it is of whole sequences."""
     mask = _mask(layers, key.seq_len)
-    return -mask_distance(mask, key.mask), key.phase != "decode"
+    distance = 0.0 if mask is None else mask_distance(mask, key.mask)
+    return -distance, key.phase != "decode"
 
 
-def _mask(layers: list[Found], tokens: int) -> str:
-    """The bucket of the mask that layers have at a length, as far as their pattern says."""
+def _mask(layers: list[Found], tokens: int) -> str | None:
+    """The bucket of the mask that layers have at a length, as far as their pattern says.
+
+    None for patterns that hold functions or tensors, which may be made for other lengths.
+    """
     attention = next(filter(None, (attention_of(found.layer) for found in layers)), None)
     if attention is None:
         return "none"
@@ -209,6 +213,10 @@ def _mask(layers: list[Found], tokens: int) -> str:
     whole: Pattern = Causal() if getattr(attention.module, "is_causal", False) else Full()
     pattern = pattern_of(attention.module)
     wanted = whole if pattern is None else whole & pattern
+    try:
+        wanted.to_json()
+    except MaskError:
+        return None
     # Several results of a length share the mask.
     return mask_bucket(mask_for(wanted, tokens, tokens, device=torch.device("cpu")).valid_share)
 

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 
 from stof_hf.bench import flash, generate
 from stof_hf.bench.contestants import NO_FLASH_ATTN
-from stof_hf.bench.graph_trees import any_traces
 from stof_hf.errors import StofError
 
 CPU = torch.device("cpu")
@@ -159,25 +158,3 @@ def test_tensors_of_numbers_are_made_once():
         one, same, other = torch.tensor([-1]), torch.tensor([-1]), torch.tensor([-1], dtype=int)
         assert torch.equal(torch.zeros(2)[one], torch.zeros(1))
     assert one is same and one is not other and torch.tensor([-1]) is not one
-
-
-def test_graphs_may_have_outputs_without_a_stack_trace():
-    from types import SimpleNamespace
-
-    from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
-
-    node = SimpleNamespace(
-        tensor_weakrefs=[None, None], stack_traces=["line 1"], outputs_weakrefs=[None, None],
-        wrapped_function=SimpleNamespace(id=0),
-    )  # fmt: skip
-    last = SimpleNamespace(_path_from_root=[node])
-    manager = SimpleNamespace(
-        current_node=last, id_to_mode={0: None}, disable_invalidate_aliases=False,
-        path_live_weakrefs=list,
-    )  # fmt: skip
-    manager.current_node.path_live_weakrefs = manager.path_live_weakrefs
-    own = CUDAGraphTreeManager.dealloc_current_path_weakrefs
-    with any_traces():
-        CUDAGraphTreeManager.dealloc_current_path_weakrefs(manager)
-    assert node.stack_traces == ["line 1", None]
-    assert CUDAGraphTreeManager.dealloc_current_path_weakrefs is own

@@ -206,7 +206,7 @@ def test_a_bias_by_distance():
     mask = SparseMask.from_pattern(patterns.Longformer(70, (3,)), 250, 330, device=DEVICE)
     q, k, v = tensors(2, 4, 2, 250, 330, 64)
     bias = RelativeBias(torch.randn(1, 4, 579, device=DEVICE), 250)
-    out, lse = prepared(q, k, v, mask, "rows", bias=bias)(q, k, v, mask, bias.first, None)
+    out, lse = prepared(q, k, v, mask, "rows", bias=bias)(q, k, v, mask, bias, None)
     want, want_lse = reference(q, k, v, mask, bias=bias.dense())
     torch.testing.assert_close(out.transpose(1, 2).double(), want, atol=4e-3, rtol=4e-3)
     torch.testing.assert_close(lse.double(), want_lse, atol=4e-3, rtol=4e-3)

@@ -10,6 +10,7 @@ import torch
 import transformers
 from families import FAMILIES, GENERATIVE_KINDS, TEXT_KINDS, Family, inputs_of, tokens
 from packaging.version import Version
+from transformers import Cache
 
 import stof_hf.hf.attention as hf_attention
 
@@ -184,23 +185,40 @@ def test_a_draft_model_proposes_tokens(name: str, calls: list[int]) -> None:
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], alone)
 
 
+@pytest.fixture
+def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is offloaded is fetched again on a stream that does not wait for it: while others use
+    the GPU, eager attention computes something else, too."""
+    update = Cache.update
+
+    def waiting(*args: Any, **kwargs: Any) -> Any:
+        torch.cuda.synchronize()
+        out = update(*args, **kwargs)
+        torch.cuda.synchronize()
+        return out
+
+    monkeypatch.setattr(Cache, "update", waiting)
+
+
 @pytest.mark.gpu
 @by_name([f for f in PRESENT if f.name in ("gpt2", "llama", "mistral", "gemma3")])
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
-def test_generate_with_an_offloaded_cache(family: Family, cache: str) -> None:
+def test_generate_with_an_offloaded_cache(family: Family, cache: str, in_order: None) -> None:
+    if (family.name, cache) == ("mistral", "offloaded_static"):
+        pytest.skip("Transformers looks for a layer without a window, and mistral has none")
     model = family.build("eager").cuda()
     ids = tokens(2, 12).cuda()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
     results = []
-    for implementation in ("eager", "stof"):
+    for implementation, kept in (("eager", None), ("eager", cache), ("stof", cache)):
         model.set_attn_implementation(implementation)
         new = model.generate(
             ids, attention_mask=mask, max_new_tokens=12, min_new_tokens=12, do_sample=False,
-            cache_implementation=cache, disable_compile=True,
+            cache_implementation=kept, disable_compile=True,
         )  # fmt: skip
         results.append(new.tolist())
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 @pytest.mark.skipif(

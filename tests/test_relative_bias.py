@@ -31,30 +31,45 @@ def test_every_element_is_that_of_its_distance(q_len, kv_len):
     # What kernels read: the address of element [1, 2, i, j].
     i, j = q_len - 1, kv_len - 1
     place = first.storage_offset() + strides[0] + 2 * strides[1] + i * strides[2] + j * strides[3]
-    assert bias.table.view(-1)[place] == dense[1, 2, i, j]
+    elements = bias.copies.view(-1)
+    assert elements[place] == dense[1, 2, i, j]
+    # And those whose rows of keys begin at multiples of eight elements.
+    for i in range(q_len):
+        start = q_len - 1 - i
+        place = sum(
+            n * s
+            for n, s in zip((1, 2, start % 8, start // 8 * 8), bias.copies.stride(), strict=True)
+        )
+        assert torch.equal(elements[place : place + kv_len], dense[1, 2, i])
+    assert all(s % 16 == 0 for s in bias.copies.stride()[:3])
+
+
+def test_a_function_of_the_distance():
+    table = torch.randn(3, 40)
+    bias = RelativeBias.of_distances(lambda d: table.T[(d + 20).clamp(0, 39)], 9, 14, table.device)
+    want = RelativeBias(table[None, :, 12:34], 9)
+    assert bias.shape == (1, 3, 9, 14) and torch.equal(bias.dense(), want.dense())
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_the_op_takes_it(grad):
     q, k, v = inputs(70, 130)
-    bias = make(70, 130)
-    bias.table.requires_grad_(grad)
+    table = torch.randn(1, 4, 199, requires_grad=grad)
+    bias = RelativeBias(table, 70)
     mask = SparseMask.from_pattern(patterns.Longformer(40, (0,)), 70, 130, q_offset=60)
     want, _ = reference_attention(q, k, v, mask.to_dense(), bias=bias.dense())
     with torch.set_grad_enabled(grad):
         out = stof_hf.attention(q, k, v, mask, bias=bias)
         torch.testing.assert_close(out.double(), want.double(), atol=1e-5, rtol=1e-5)
         if grad:
-            (given,) = torch.autograd.grad(out.square().sum(), bias.table)
-            (exact,) = torch.autograd.grad(want.square().sum(), bias.table)
+            (given,) = torch.autograd.grad(out.square().sum(), table)
+            (exact,) = torch.autograd.grad(want.square().sum(), table)
             torch.testing.assert_close(given, exact.float(), atol=1e-4, rtol=1e-3)
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UnsupportedError, match=r"table \[4, 9\] for 5 queries"):
         RelativeBias(torch.zeros(4, 9), 5)
-    with pytest.raises(UnsupportedError, match="adjacent"):
-        RelativeBias(torch.zeros(1, 9, 4).mT, 5)
     with pytest.raises(UnsupportedError, match="broadcast"):
         stof_hf.attention(*inputs(5, 6), bias=make(5, 5))
 

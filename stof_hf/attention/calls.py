@@ -16,7 +16,7 @@ from ..masks.device import keep
 from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
 from .checks import check
-from .relative import RelativeBias
+from .relative import Bias
 
 FULL_PATTERN = Full()
 #: A mask used with ever new shapes must not keep them all.
@@ -27,7 +27,7 @@ Prepare = Callable[..., Any]
 
 def forward(
     name: str, prepare: Prepare, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-    mask: SparseMask | None, *, bias: torch.Tensor | RelativeBias | None = None,
+    mask: SparseMask | None, *, bias: Bias | None = None,
     sinks: torch.Tensor | None = None, scale: float, softcap: float = 0.0,
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -36,9 +36,8 @@ def forward(
     Args:
         name: under which the mask keeps the prepared calls.
         prepare: (q, k, v, mask, bias, sinks, scale, softcap, on_device) -> an object that is called
-            with (q, k, v, mask, bias, sinks), and with the seed where there is one; the bias is
-            then the tensor from its first element on. on_device: nothing may be read back to the
-            host.
+            with (q, k, v, mask, bias, sinks), and with the seed where there is one. on_device:
+            nothing may be read back to the host.
         seed: of dropout, int64 [1].
     """
     if q.is_cuda and q.device.index != torch.cuda.current_device():
@@ -75,8 +74,6 @@ def forward(
         # What a capture computes belongs to its graph.
         if not capturing:
             calls[key] = call
-    if isinstance(bias, RelativeBias):
-        bias = bias.first
     if seed is not None:
         return call(q, k, v, mask, bias, sinks, seed)
     return call(q, k, v, mask, bias, sinks)
@@ -87,7 +84,7 @@ class _Call:
 
     def __init__(
         self, prepare: Prepare, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        mask: SparseMask, bias: torch.Tensor | None, *rest: Any,
+        mask: SparseMask, bias: Bias | None, *rest: Any,
     ):  # fmt: skip
         self.copies = any(x.stride(3) != 1 for x in (q, k, v))
         if self.copies:

@@ -9,6 +9,7 @@ import torch
 from ..errors import BuildError
 from ..kernels import cuda_build
 from ..masks.sparse_mask import SparseMask
+from .relative import Bias, RelativeBias
 
 _POINTERS = (
     "query", "key", "value", "out", "lse", "workspace", "kv_valid", "bias", "sinks", "row_start",
@@ -68,7 +69,7 @@ class Problem(ctypes.Structure):
 
     def describe(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask, scale: float,
-        softcap: float = 0.0, bias: torch.Tensor | None = None,
+        softcap: float = 0.0, bias: Bias | None = None,
     ) -> None:  # fmt: skip
         """Fill in sizes and strides, and which of the mask's patterns each head uses."""
         for name, x in zip("qkv", (q, k, v), strict=True):
@@ -102,7 +103,7 @@ class Call:
 
     def __init__(
         self, family: str, dim: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        mask: SparseMask, bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float,
+        mask: SparseMask, bias: Bias | None, sinks: torch.Tensor | None, scale: float,
         softcap: float, with_lse: bool,
     ):  # fmt: skip
         kernels = cuda_build.library(family, dim, q.dtype, q.device.index)
@@ -122,10 +123,12 @@ class Call:
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+        bias: Bias | None, sinks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         if self.casts_sinks:
             sinks = sinks.float()
+        if isinstance(bias, RelativeBias):
+            bias = bias.first
         row_start = mask.row_start if self.starts[0] else None
         col_start = mask.col_start if self.starts[1] else None
         return self.run(

@@ -28,6 +28,7 @@ from .plan import (
     tile_lists,
     tile_table,
 )
+from .relative import Bias, RelativeBias
 from .triton_launch import INTERPRETED, Kernel
 
 #: Heads that run together: their keys and values should stay in this much of L2.
@@ -40,7 +41,7 @@ def forward(
     v: torch.Tensor,
     mask: SparseMask | None,
     *,
-    bias: torch.Tensor | None = None,
+    bias: Bias | None = None,
     sinks: torch.Tensor | None = None,
     scale: float,
     softcap: float = 0.0,
@@ -62,7 +63,7 @@ def forward(
 
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
     on_device: bool, with_lse: bool = True,
 ) -> _RowCall | _BlockCall:  # fmt: skip
     """See `calls.forward`."""
@@ -100,7 +101,7 @@ class _Common:
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, with_lse: bool,
+        bias: Bias | None, sinks: torch.Tensor | None, with_lse: bool,
     ):  # fmt: skip
         self.with_lse = with_lse
         self.batch, self.heads, self.q_len, self.dim = q.shape
@@ -116,7 +117,13 @@ class _Common:
             0 if mask.kv_valid is None or len(mask.kv_valid) == 1 else 2 * mask.kv_valid.stride(0)
         )
         self.qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        self.bias_strides = (0, 0, 0, 0) if bias is None else _strides(bias, 4)
+        self.bias_kind = kernels.NO_BIAS.value if bias is None else kernels.BY_PAIR.value
+        self.bias_strides = (0, 0, 0, 0)
+        if isinstance(bias, RelativeBias):
+            self.bias_kind = kernels.BY_DISTANCE.value
+            self.bias_strides = *_strides(bias.copies, 3), 1
+        elif bias is not None:
+            self.bias_strides = _strides(bias, 4)
         self.whole = self.kv_len % TILE == 0
         # Rows of a bias begin at multiples of 16 elements, and its keys lie side by side.
         self.bias_aligned = self.bias_strides[3] == 1 and all(
@@ -137,14 +144,14 @@ class _Common:
     @staticmethod
     def optional(
         mask: SparseMask,
-        bias: torch.Tensor | None,
+        bias: Bias | None,
         sinks: torch.Tensor | None,
         stand_in: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        valid = mask.kv_valid
+        valid, by_distance = mask.kv_valid, isinstance(bias, RelativeBias)
         return (
             stand_in if valid is None else valid.view(torch.int32),
-            stand_in if bias is None else bias,
+            stand_in if bias is None else bias.copies if by_distance else bias,
             stand_in if sinks is None else sinks,
         )
 
@@ -154,7 +161,7 @@ class _BlockCall(_Common):
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         on_device: bool, with_lse: bool, dropout: int = 0,
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks, with_lse)
@@ -188,7 +195,7 @@ class _BlockCall(_Common):
         constants = (
             self.dim, self.v_dim, self.bd, self.bdv, plan.rows, config.unit, self.split,
             len(mask.row_ptr) > 1, self.whole, has_valid, softcap > 0,
-            bias is not None, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
+            self.bias_kind, self.bias_aligned, has_sinks, with_lse, simple, config.stages,
             INTERPRETED, overlaps(q.device), dropout,
         )  # fmt: skip
         self.main = Kernel(
@@ -210,7 +217,7 @@ class _BlockCall(_Common):
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, seed: torch.Tensor | None = None,
+        bias: Bias | None, sinks: torch.Tensor | None, seed: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         out, lse = self.outputs(q)
         plan, part, part_ml = self.plan, lse, lse
@@ -230,7 +237,7 @@ class _RowCall(_Common):
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         on_device: bool, with_lse: bool,
     ):  # fmt: skip
         super().__init__(q, k, v, mask, bias, sinks, with_lse)
@@ -261,7 +268,7 @@ class _RowCall(_Common):
             group, self.take, self.dim, self.v_dim, self.bd, self.bdv,
             max(16, triton.next_power_of_2(self.take * group)), config.keys, split, masked,
             listed, masked and patterns > 1, *starts, masked and begins,
-            self.whole, mask.kv_valid is not None, softcap > 0, bias is not None, self.bias_aligned,
+            self.whole, mask.kv_valid is not None, softcap > 0, self.bias_kind, self.bias_aligned,
             has_sinks and not split, with_lse and not split, config.stages, INTERPRETED,
         )  # fmt: skip
         grid = (self.batch * self.kv_heads, self.takes * self.splits)
@@ -283,7 +290,7 @@ class _RowCall(_Common):
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None,
+        bias: Bias | None, sinks: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         out, lse = self.outputs(q)
         part, part_ml = lse, lse

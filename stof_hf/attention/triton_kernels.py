@@ -13,8 +13,14 @@ import triton
 import triton.language as tl
 
 from ..kernels.dependent import await_kernels_before
+from . import relative
 from .triton_dropout import factor_of, kept_tile
 
+#: Kinds of biases: an element for each pair, whose strides may be 0, or `relative.RelativeBias`.
+NO_BIAS = tl.constexpr(0)
+BY_PAIR = tl.constexpr(1)
+BY_DISTANCE = tl.constexpr(2)
+COPIES = tl.constexpr(relative.COPIES)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -40,7 +46,17 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
+def _bias_rows(offs_m, bias_m, q_len, BIAS: tl.constexpr):
+    """Where the bias of each query begins, behind that of its head."""
+    if BIAS == BY_DISTANCE:
+        # Of the table, from the key at the query's distance from the first one on.
+        first = q_len - 1 - offs_m
+        return (first % COPIES).to(tl.int64) * bias_m + first // COPIES * COPIES
+    return offs_m.to(tl.int64) * bias_m
+
+
+@triton.jit
+def _scores(s, bias_ptr, bias_rows, offs_n, bias_n, inside, scale, softcap,
             SOFTCAP: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """Scores in base 2, softcap and bias applied, from products of query and key."""
     if SOFTCAP:
@@ -48,8 +64,7 @@ def _scores(s, bias_ptr, offs_m, offs_n, bias_m, bias_n, inside, scale, softcap,
     else:
         s = s * scale
     if BIAS:
-        rows = bias_ptr + offs_m.to(tl.int64) * bias_m
-        ptrs = rows[:, None] + (offs_n.to(tl.int64) * bias_n)[None, :]
+        ptrs = (bias_ptr + bias_rows)[:, None] + (offs_n.to(tl.int64) * bias_n)[None, :]
         s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
     return s * LOG2E
 
@@ -171,6 +186,7 @@ def block_kernel(
         # Multiples already: now Triton knows.
         bias_b, bias_h = bias_b // 16 * 16, bias_h // 16 * 16
         bias_m, kv_len = bias_m // 16 * 16, kv_len // 16 * 16
+    bias_rows = _bias_rows(offs_m, bias_m, q_len, BIAS)
     if BIAS:
         bias_ptr += b64 * bias_b + h64 * bias_h
     if VALID:
@@ -208,8 +224,8 @@ def block_kernel(
             s = _dot(q, k, tl.zeros([ROWS, WIDE], tl.float32), INTERPRETED)
             n = start * 64 + wide
             if not SIMPLE:
-                s = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None], scale,
-                            softcap, SOFTCAP, BIAS)  # fmt: skip
+                s = _scores(s, bias_ptr, bias_rows, n, bias_n, rows_in[:, None], scale, softcap,
+                            SOFTCAP, BIAS)  # fmt: skip
             if VALID:
                 w = tl.load(valid_ptr + (n >> 5))
                 s = tl.where((((w >> (n & 31)) & 1) != 0)[None, :], s, float("-inf"))
@@ -229,7 +245,7 @@ def block_kernel(
         s = _dot(q, k, tl.zeros([ROWS, 64], tl.float32), INTERPRETED)
         n = tile * 64 + lane
         if not SIMPLE:
-            s = _scores(s, bias_ptr, offs_m, n, bias_m, bias_n, rows_in[:, None] & keys_in[None, :],
+            s = _scores(s, bias_ptr, bias_rows, n, bias_n, rows_in[:, None] & keys_in[None, :],
                         scale, softcap, SOFTCAP, BIAS)  # fmt: skip
         if masked:
             s = _masked(s, low, high, lane, column_bit, INTERPRETED)
@@ -399,7 +415,8 @@ def row_kernel(
     if BIAS_ALIGNED:
         bias_b, bias_h = bias_b // 16 * 16, bias_h // 16 * 16
         bias_m, kv_len = bias_m // 16 * 16, kv_len // 16 * 16
-    bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h + offs_m.to(tl.int64) * bias_m
+    bias_rows = bias_ptr + b64 * bias_b + h.to(tl.int64) * bias_h
+    bias_rows += _bias_rows(offs_m, bias_m, q_len, BIAS)
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)

@@ -1,13 +1,15 @@
 """A step of generation: one more token for each sequence, with a static cache.
 
-Every contestant runs without the host: in a CUDA graph, or as torch.compile's "reduce-overhead"
-captures it, which is what `generate` does with a static cache. Steps follow each other as in
-generation: each writes its key and value, and sees one more than the one before.
+Every contestant runs without the host, in a CUDA graph, also what torch.compile makes of a model:
+`generate` compiles it, with a static cache, with "reduce-overhead", whose own graphs ended in an
+illegal access for several models in one process (torch 2.11, Transformers 5.23). Steps follow each
+other as in generation: each writes its key and value, and sees one more than the one before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +25,6 @@ from ..runtime.recorder import no_collection
 from . import flash
 from .attention import FORMAT, describe, known_contestants, save, source_hash
 from .contestants import missing_flash_attn
-from .graph_trees import any_traces
 from .records import model_environment
 from .timing import turns_ms
 from .zoo import in_dtype
@@ -32,8 +33,6 @@ __all__ = ["CELLS", "CONTESTANTS", "Cell", "run", "table"]
 
 #: Tokens that a cache has room for beyond its context, and after which steps begin again.
 _ROOM = 512
-#: Steps before the first one that is timed, the contestants in turns.
-_WARM_STEPS = 10
 #: Logits may be so much farther from fp32 than the plain model's in half precision.
 _WORSE = 1.25
 
@@ -66,15 +65,15 @@ CELLS = (
     Cell("llama_1b", 1, 4096), Cell("llama_1b", 32, 4096),
     Cell("mistral_1b", 1, 16384), Cell("mistral_1b", 1, 16384, whole=False),
 )  # fmt: skip
-#: Transformers' implementation, and how a step is captured.
+#: Transformers' implementation, and what is done to the model.
 CONTESTANTS = {
-    "sdpa": ("sdpa", "graph"),
-    "sdpa compiled": ("sdpa", "reduce-overhead"),
-    "flex compiled": ("flex_attention", "reduce-overhead"),
-    "flash": (flash.NAME, "graph"),
-    "flash compiled": (flash.NAME, "reduce-overhead"),
-    "stof": ("stof", "graph"),
-    "stof compiled": ("stof", "reduce-overhead"),
+    "sdpa": ("sdpa", None),
+    "sdpa compiled": ("sdpa", "compiled"),
+    "flex compiled": ("flex_attention", "compiled"),
+    "flash": (flash.NAME, None),
+    "flash compiled": (flash.NAME, "compiled"),
+    "stof": ("stof", None),
+    "stof compiled": ("stof", "compiled"),
     "stof tuned": ("stof", "tuned"),
 }
 
@@ -95,8 +94,7 @@ def run(
     names = known_contestants(contestants, CONTESTANTS)
     data = {"format": FORMAT, **model_environment(device), "sources": source_hash(), "cells": []}
     for cell in chosen:
-        with any_traces():
-            results = _measure(cell, names, device, options or {}, budget_s)
+        results = _measure(cell, names, device, options or {}, budget_s)
         data["cells"].append({"cell": asdict(cell), "results": results})
         save(data, json_path)
     return data
@@ -160,17 +158,18 @@ class _Step:
         if self.count == _ROOM:
             self.reset()
         self.count += 1
-        # Graphs that torch.compile captures of pieces of a step belong together.
-        torch.compiler.cudagraph_mark_step_begin()
         return self.run()[0][:, -1]
 
-    def capture(self) -> None:
-        """Let a CUDA graph do it from here on."""
+    def capture(self, warm: AbstractContextManager[Any]) -> None:
+        """Let a CUDA graph do it from here on.
+
+        Args:
+            warm: a context for the calls before the capture, and for that.
+        """
         eager, side = self.run, torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        # A full window makes an index of a number with every step.
-        with _Constants() as constants:
+        with warm:
             with torch.cuda.stream(side):
                 for _ in range(3):
                     eager()
@@ -183,7 +182,7 @@ class _Step:
             return (logits,)
 
         # What the graph reads, the model and the tokens, must live as long as it.
-        self.captured = eager, constants
+        self.captured = eager, warm
         self.run = replay
         self.reset()
 
@@ -201,11 +200,12 @@ def _prepare(
             model, batch_size=cell.batch, seq_len=min(cell.context, 4096), phase="decode",
             budget_s=budget_s, progress=False,
         )  # fmt: skip
-    if how == "reduce-overhead" and device.type == "cuda":
-        model.forward = torch.compile(model.forward, mode=how)
+    if how == "compiled" and device.type == "cuda":
+        model.forward = torch.compile(model.forward)
     step = _Step(cell, model, device)
-    if how != "reduce-overhead" and device.type == "cuda":
-        step.capture()
+    if device.type == "cuda":
+        # A full window makes an index of a number with every step: torch.compile makes it once.
+        step.capture(nullcontext() if how == "compiled" else _Constants())
     return step
 
 
@@ -244,10 +244,6 @@ def _measure(
             continue
         try:
             step = _prepare(name, cell, device, options, budget_s)
-            # torch.compile captures in its third call.
-            for _ in range(3):
-                step()
-            step.reset()
             error = float((step().float() - exact).norm() / exact.norm())
         except Exception as failure:
             results[name] = {"status": "error", "error": describe(failure)}
@@ -255,26 +251,9 @@ def _measure(
         right = error <= _WORSE * least + 1e-5
         results[name] = {"status": "ok" if right else "wrong", "error": error, "plain_error": least}
         steps[name] = step
-    for name, taken in _times_ms(steps, device, results).items():
+    for name, taken in turns_ms(steps, device).items():
         results[name]["time_ms"] = round(taken, 4)
     return results
-
-
-def _times_ms(
-    steps: dict[str, _Step], device: torch.device, results: dict[str, Any]
-) -> dict[str, float]:
-    """Of contestants in turns, but for those that fail after some steps, which their result says.
-
-    torch.compile's own graphs may, where a later step captures.
-    """
-    for _ in range(_WARM_STEPS):
-        for name in [*steps]:
-            try:
-                steps[name]()
-            except Exception as failure:
-                results[name] = {"status": "error", "error": describe(failure)}
-                del steps[name]
-    return turns_ms(steps, device)
 
 
 def table(data: dict[str, Any]) -> Table:

@@ -1,6 +1,8 @@
 """The errors and the warning category that stof_hf raises."""
 
-__all__ = ["BuildError", "MaskError", "StofError", "StofWarning", "UnsupportedError"]
+import warnings
+
+__all__ = ["BuildError", "MaskError", "StofError", "StofWarning", "UnsupportedError", "warn_once"]
 
 
 class StofError(RuntimeError):
@@ -21,3 +23,13 @@ class BuildError(StofError):
 
 class StofWarning(UserWarning):
     """Something works, but not as asked: a documented fallback was taken."""
+
+
+_said: set[str] = set()
+
+
+def warn_once(message: str, stacklevel: int) -> None:
+    """A StofWarning, unless this process had it before; `stacklevel` as in `warnings.warn`."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, StofWarning, stacklevel=stacklevel + 1)

@@ -10,8 +10,9 @@ from layers import build, first, inputs_of, interpreted
 from torch import nn
 
 import stof_hf
+from stof_hf import errors
 from stof_hf.errors import StofWarning
-from stof_hf.fusion import embeddings, fused
+from stof_hf.fusion import embeddings
 from stof_hf.fusion.fused import Choice
 from stof_hf.fusion.install import find, install, replaced, restore
 from stof_hf.fusion.layer_ops import schemes
@@ -23,7 +24,7 @@ each = pytest.mark.parametrize("name", [*TEXT, "vit"])
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(fused, "_warned", set())
+    monkeypatch.setattr(errors, "_said", set())
 
 
 def embedding_of(model):

@@ -14,6 +14,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import stof_hf
+from stof_hf import errors
 from stof_hf.errors import StofWarning, UnsupportedError
 from stof_hf.fusion import fused
 from stof_hf.fusion.fused import Choice
@@ -35,7 +36,7 @@ def inputs(model):
 
 @pytest.fixture(autouse=True)
 def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(fused, "_warned", set())
+    monkeypatch.setattr(errors, "_said", set())
 
 
 def projections(model):

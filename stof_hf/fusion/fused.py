@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..errors import StofWarning, UnsupportedError
+from ..errors import UnsupportedError, warn_once
 from .guard import Guard, layer_of, refusal
 from .layer import Context, Layer, attention_of, implementation, matrix
 from .layer_ops import SEGMENTS, Scheme
@@ -270,12 +269,6 @@ def _capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def warn(module: nn.Module, reason: str) -> None:
     """Say once that layers of a class run their own code."""
-    name = type(module).__name__
-    if (name, reason) not in _warned:
-        _warned.add((name, reason))
-        warnings.warn(f"stof_hf: {name} runs its own code: {reason}", StofWarning, stacklevel=4)
+    warn_once(f"stof_hf: {type(module).__name__} runs its own code: {reason}", stacklevel=4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from ..attention.op import attention_by_rows
 from ..attention.relative import RelativeBias
-from ..errors import StofWarning, UnsupportedError
+from ..errors import UnsupportedError, warn_once
 from ..masks.sparse_mask import SparseMask
 from .patching import fallback_of, pending, stamp_pending, stamp_pending_traced
 from .resolve import resolve_mask
@@ -174,9 +173,6 @@ def _one_batch(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.expand(batch, -1, -1, -1) if t.shape[0] == 1 else t for t in tensors]
 
 
-_warned: set[str] = set()
-
-
 def _sdpa(
     error: UnsupportedError,
     module: nn.Module,
@@ -190,12 +186,9 @@ def _sdpa(
     """Transformers' own sdpa with the same mask, and one warning a reason."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    reason = f"{type(module).__name__}: {error}"
     if arguments["s_aux"] is not None or arguments["softcap"]:
         raise error
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"falling back to sdpa. {reason}", StofWarning, stacklevel=3)
+    warn_once(f"falling back to sdpa. {type(module).__name__}: {error}", stacklevel=3)
     bias = arguments.pop("position_bias")
     stamp = module.__dict__.get("_stof_stamp")
     mask, bias, key, value = resolve_mask(

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..errors import StofWarning, UnsupportedError
+from ..errors import StofWarning, UnsupportedError, warn_once
 from . import classes, own, patching
 
 _NAMES = ("stof", "paged|stof")
@@ -147,17 +147,11 @@ def _inside_a_model(model: PreTrainedModel, is_init_check: bool) -> bool:
     return False
 
 
-_warned: set[str] = set()
-
-
 def _warn_of_own(cls: type) -> None:
-    names = ", ".join(classes.left_alone(cls))
-    if names and names not in _warned:
-        _warned.add(names)
-        warnings.warn(
+    if names := ", ".join(classes.left_alone(cls)):
+        warn_once(
             f'attn_implementation="stof" does not reach {names}, which attends on its own, beside '
             "Transformers' attention interface: it runs as before, and patterns leave it dense",
-            StofWarning,
             stacklevel=4,
         )
 

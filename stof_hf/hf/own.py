@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import eager_mask
 
-from ..errors import StofWarning, UnsupportedError
+from ..errors import UnsupportedError, warn_once
 from ..masks.sparse_mask import SparseMask
 from ..masks.traced import TracedMask
 from ..patches import OWN_ATTENTION
@@ -150,9 +149,6 @@ def require_padding(model: nn.Module, mask: Any) -> None:
         )
 
 
-_warned: set[str] = set()
-
-
 def leaves_to_own_code(module: nn.Module, output_attentions: bool = False) -> bool:
     """Whether the family's own code has to compute a layer, with one warning.
 
@@ -171,11 +167,9 @@ def leaves_to_own_code(module: nn.Module, output_attentions: bool = False) -> bo
         output_attentions = output_attentions or attention._collects_weights()
     if not output_attentions:
         return False
-    reason = "output_attentions=True asks for attention weights"
-    if reason not in _warned:
-        _warned.add(reason)
-        name = type(module).__name__
-        warnings.warn(f"{name} runs the model's own code: {reason}", StofWarning, stacklevel=5)
+    name = type(module).__name__
+    why = "output_attentions=True asks for attention weights"
+    warn_once(f"{name} runs the model's own code: {why}", stacklevel=5)
     return True
 
 

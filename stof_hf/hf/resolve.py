@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import MaskError, StofWarning, UnsupportedError
+from ..errors import MaskError, UnsupportedError, warn_once
 from ..masks.build import build_additive
 from ..masks.cache import mask_for
 from ..masks.pattern import Pattern
@@ -124,20 +123,16 @@ def _no_positions(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> 
 
 CAUSAL_TEXT, FULL_TEXT = text_of(_CAUSAL), text_of(_FULL)
 
-_warned: set[type] = set()
-
 
 @torch.compiler.assume_constant_result
 def _warn_of_all_keys(cls: type) -> None:
     """Warn once for a class that is not Transformers' own, whose eager attention is known."""
-    if cls in _warned or cls.__module__.startswith("transformers."):
+    if cls.__module__.startswith("transformers."):
         return
-    _warned.add(cls)
-    warnings.warn(
+    warn_once(
         f"{cls.__name__} gives attention neither a mask nor is_causal, and every query sees all "
         "keys, as in eager attention; sdpa takes this for causal. If it is, pass is_causal=True to "
         "the attention function; if not, set is_causal = False on the layer",
-        StofWarning,
         stacklevel=2,
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copyreg
 import importlib
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
-from ..errors import StofWarning
+from ..errors import warn_once
 from ..fusion.install import FAMILIES
 from ..fusion.layer import implementation
 from ..hf.patching import Stamp, fallback_of, pending, stamp_pending
@@ -207,11 +206,5 @@ def _settings(module: nn.Module) -> tuple[list[Stamp], bool]:
     return list(found.values()), any(fallback_of(m) == "sdpa" for m in configured.values())
 
 
-_warned: set[tuple[str, str]] = set()
-
-
 def _warn(module: nn.Module, reason: str) -> None:
-    name = type(module).__name__
-    if (name, reason) not in _warned:
-        _warned.add((name, reason))
-        warnings.warn(f"stof_hf: {name} runs padded: {reason}", StofWarning, stacklevel=5)
+    warn_once(f"stof_hf: {type(module).__name__} runs padded: {reason}", stacklevel=5)

@@ -125,6 +125,22 @@ def test_replaced_layers_and_patterns(name):
     assert recorder.captures == 2
 
 
+def test_masks_that_others_capture_are_not_forgotten(monkeypatch):
+    class OnGpu:
+        device = torch.device("cuda")
+
+    mask = OnGpu()
+    monkeypatch.setattr(mask_cache, "_built", lambda *_: mask)
+    monkeypatch.setattr(mask_cache, "_captured", captured := set())
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda on=capturing: on)
+        with mask_cache.noting():
+            mask_cache.mask_for(stof_hf.patterns.Full(), 64, 64, device=mask.device)
+        assert not captured
+        mask_cache.mask_for(stof_hf.patterns.Full(), 64, 64, device=mask.device)
+        assert (mask in captured) == capturing
+
+
 def test_masks_outlive_their_cache():
     model, plain, recorder = graphed("modernbert")
     calls = [masked(2, 50), masked(2, 50)]

@@ -240,6 +240,24 @@ def test_off_while_the_caller_captures():
     same(out, plain(**call).last_hidden_state, call["attention_mask"], TOLERANCE)
 
 
+def test_masks_that_a_graph_of_the_callers_reads_stay():
+    """Whatever else is built afterwards."""
+    model = build("bert", "stof").to("cuda", torch.float16)
+    stof_hf.set_pattern(model, stof_hf.patterns.Longformer(20, (0,)))
+    given = on_gpu(masked(2, 64))
+    mask_cache.clear()
+    with torch.no_grad():
+        want = model(**given)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = model(**given)[0]
+        mask_cache.clear()
+        gc.collect()
+        room = [torch.full((n,), -1, device="cuda") for n in range(64, 4096, 64)]
+        graph.replay()
+        assert torch.equal(got, want) and room
+
+
 def test_moved_weights_and_copies():
     model, plain = pair("bert")
     calls = [on_gpu(masked(2, 50))] * 2

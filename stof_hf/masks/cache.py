@@ -22,6 +22,8 @@ from .sparse_mask import STRUCTURE, SparseMask
 
 _LEAST_POSITIONS = 4096
 _given: ContextVar[list[SparseMask] | None] = ContextVar("given", default=None)
+#: What graphs read that others capture, such as torch.compile: nobody says when they are gone.
+_captured: set[SparseMask] = set()
 
 
 @lru_cache(maxsize=64)
@@ -44,6 +46,8 @@ def _shared(*arguments: Any) -> SparseMask:
     mask = _built(*arguments)
     if (given := _given.get()) is not None:
         given.append(mask)
+    elif mask.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.add(mask)
     return mask
 
 
@@ -100,5 +104,5 @@ def mask_for(
 
 
 def clear() -> None:
-    """Forget all masks."""
+    """Forget all masks but those that a CUDA graph reads."""
     _built.cache_clear()

@@ -1,9 +1,9 @@
 """A step of generation: one more token for each sequence, with a static cache.
 
 Every contestant runs without the host, in a CUDA graph, also what torch.compile makes of a model:
-`generate` compiles it, with a static cache, with "reduce-overhead", whose own graphs ended in an
-illegal access for several models in one process (torch 2.11, Transformers 5.23). Steps follow each
-other as in generation: each writes its key and value, and sees one more than the one before.
+with a static cache `generate` compiles it with "reduce-overhead", whose own graphs torch 2.11 ends
+with an assertion (about stack traces; gone in 2.13). Steps follow each other as in generation: each
+writes its key and value, and sees one more than the one before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..runtime.recorder import no_collection
+from ..runtime.recorder import no_collection, own_workspace
 from . import flash
 from .attention import FORMAT, describe, known_contestants, save, source_hash
 from .contestants import missing_flash_attn
@@ -174,7 +174,7 @@ class _Step:
                 for _ in range(3):
                     eager()
             torch.cuda.current_stream().wait_stream(side)
-            with no_collection(), torch.cuda.graph(graph):
+            with no_collection(), own_workspace(), torch.cuda.graph(graph):
                 logits = eager()[0]
 
         def replay() -> tuple[torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import UnsupportedError
 from ..kernels.constant import constant_weights
 
-__all__ = ["Recorder", "Recording", "no_collection"]
+__all__ = ["Recorder", "Recording", "no_collection", "own_workspace"]
 
 #: The first run loads kernels, builds masks and packs weights; the second finds them, as a capture
 #: has to.
@@ -92,7 +92,7 @@ class Recorder:
             try:
                 # A capture that fails to end leaves the side stream as the current one.
                 with (
-                    torch.cuda.stream(current), no_collection(), _own_workspace(), captured,
+                    torch.cuda.stream(current), no_collection(), own_workspace(), captured,
                     OnDevice(), constant_weights(),
                 ):  # fmt: skip
                     outputs = run()
@@ -118,7 +118,7 @@ def no_collection() -> Iterator[None]:
 
 
 @contextmanager
-def _own_workspace() -> Iterator[None]:
+def own_workspace() -> Iterator[None]:
     """Lets a capture take cuBLAS's workspace from its own memory pool, and give it back to that.
 
     PyTorch keeps a workspace for each stream, until somebody, such as torch.compile with CUDA

@@ -43,6 +43,14 @@ def one_thread():
 
 
 @pytest.fixture
+def fresh_warnings(monkeypatch):
+    """What was said once is said again."""
+    from stof_hf import errors
+
+    monkeypatch.setattr(errors, "_said", set())
+
+
+@pytest.fixture
 def no_other_backward(monkeypatch):
     """Plain PyTorch must not compute gradients that the kernels are for."""
     from stof_hf.attention import gradients

@@ -10,7 +10,6 @@ from layers import build, first, inputs_of, interpreted
 from torch import nn
 
 import stof_hf
-from stof_hf import errors
 from stof_hf.errors import StofWarning
 from stof_hf.fusion import embeddings
 from stof_hf.fusion.fused import Choice
@@ -20,11 +19,7 @@ from stof_hf.fusion.layer_ops import schemes
 TEXT = ["bert", "roberta", "electra", "distilbert", "modernbert"]
 each_text = pytest.mark.parametrize("name", TEXT)
 each = pytest.mark.parametrize("name", [*TEXT, "vit"])
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(errors, "_said", set())
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 def embedding_of(model):

@@ -14,7 +14,6 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import stof_hf
-from stof_hf import errors
 from stof_hf.errors import StofWarning, UnsupportedError
 from stof_hf.fusion import fused
 from stof_hf.fusion.fused import Choice
@@ -22,6 +21,8 @@ from stof_hf.fusion.install import find, install, restore
 from stof_hf.fusion.layer_ops import SEGMENTS, Scheme, schemes
 from stof_hf.fusion.runners import TEMPLATES
 from stof_hf.tuning import cache
+
+pytestmark = pytest.mark.usefixtures("fresh_warnings")
 
 
 @pytest.fixture(params=["bert", "llama"])
@@ -32,11 +33,6 @@ def model(request):
 @pytest.fixture
 def inputs(model):
     return inputs_of(model)
-
-
-@pytest.fixture(autouse=True)
-def fresh_warnings(monkeypatch):
-    monkeypatch.setattr(errors, "_said", set())
 
 
 def projections(model):

@@ -17,7 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 import stof_hf
-from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, errors, patterns
+from stof_hf import MaskError, SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.hf.attention import stof_attention
 from stof_hf.hf.classes import uses_interface
 
@@ -94,10 +94,7 @@ def test_towers_that_bypass_the_interface_beside_models_that_use_it(name: str) -
 
 
 @pytest.mark.parametrize("switched", [False, True])
-def test_parts_that_bypass_the_interface_warn(
-    switched: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(errors, "_said", set())
+def test_parts_that_bypass_the_interface_warn(switched: bool, fresh_warnings: None) -> None:
     text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.ClapConfig(
         text_config={**text, "vocab_size": 50}, audio_config=TOWERS["ClapAudio"], projection_dim=16
@@ -547,10 +544,9 @@ def test_none_is_causal_where_the_call_says_so() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_none_is_all_keys_where_the_call_says_nothing(
-    flag: bool | None, compiled: bool, monkeypatch: pytest.MonkeyPatch
+    flag: bool | None, compiled: bool, fresh_warnings: None
 ) -> None:
     """As in eager attention, whatever the layer says; a layer that sdpa reads otherwise warns."""
-    monkeypatch.setattr(errors, "_said", set())
 
     class Layer(nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from transformers.models.longformer import modeling_longformer
 from transformers.models.longt5 import modeling_longt5
 
 import stof_hf
-from stof_hf import SparseMask, StofWarning, UnsupportedError, errors, patterns
+from stof_hf import SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.hf import own
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -296,11 +296,10 @@ def test_ways_to_switch(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [20, 61])
 def test_attention_weights_come_from_the_own_code(
-    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+    name: str, size: int, fresh_warnings: None
 ) -> None:
     reference, model = pair(name)
     given = inputs(name, size, "right", "question" if name in ("longformer", "led") else "none")
-    monkeypatch.setattr(errors, "_said", set())
     with torch.no_grad():
         wanted = reference(**given, output_attentions=True)
         if name == "bigbird_pegasus":

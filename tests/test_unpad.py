@@ -12,7 +12,7 @@ from taping import TapeRecorder, ids, same
 from torch import nn
 
 import stof_hf
-from stof_hf import SparseMask, StofWarning, UnsupportedError, errors, patterns
+from stof_hf import SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import graphs, unpadded
 from stof_hf.runtime.real_tokens import RealTokens, round_up
@@ -23,8 +23,7 @@ TOLERANCE = 5e-6
 
 
 @pytest.fixture(autouse=True)
-def no_fallbacks(monkeypatch):
-    monkeypatch.setattr(errors, "_said", set())
+def no_fallbacks(fresh_warnings):
     with warnings.catch_warnings():
         warnings.simplefilter("error", StofWarning)
         yield

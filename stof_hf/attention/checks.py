@@ -6,6 +6,7 @@ import torch
 
 from ..errors import MaskError, UnsupportedError
 from ..masks.sparse_mask import SparseMask
+from .relative import Bias
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -16,7 +17,7 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: SparseMask | None,
-    bias: torch.Tensor | None,
+    bias: Bias | None,
     sinks: torch.Tensor | None,
 ) -> None:
     """Raise for what no backend computes; cheap, reads no device memory."""

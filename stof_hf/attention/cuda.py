@@ -14,11 +14,12 @@ from ..masks.sparse_mask import SparseMask
 from . import select
 from .cuda_problem import BIAS_DTYPES, PLAN, Call, aligned
 from .granules import granule_plan
+from .relative import Bias
 
 
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
     with_lse: bool = True,
 ) -> BlockCall | None:  # fmt: skip
     """See `calls.forward`; None where no kernel computes such a call, or Triton's does it sooner.
@@ -34,7 +35,7 @@ def prepare(
 
 def families(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    bias: torch.Tensor | None, scale: float, softcap: float,
+    bias: Bias | None, scale: float, softcap: float,
 ) -> list[str]:  # fmt: skip
     """The families of block-wise kernels that compute such a call on the tensors' device."""
     if mask.is_view or (bias is not None and bias.dtype not in BIAS_DTYPES):
@@ -54,7 +55,7 @@ class BlockCall(Call):
 
     def __init__(
         self, family: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         config: select.CudaConfig | None = None, with_lse: bool = True,
     ):  # fmt: skip
         batch, heads, q_len, head_dim = q.shape

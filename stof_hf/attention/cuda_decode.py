@@ -12,6 +12,7 @@ from ..kernels.cuda_kernels import kernel
 from ..masks.sparse_mask import SparseMask
 from . import calls, select
 from .cuda_problem import BIAS_DTYPES, MASK, Call, aligned
+from .relative import Bias
 from .select import DECODE_ROWS
 
 _MOST_KEYS = 1_000_000
@@ -21,7 +22,7 @@ _LARGE_HEADS = 160 << 10
 
 def prepare(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+    bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
     with_lse: bool = True,
 ) -> DecodeCall | None:  # fmt: skip
     """See `calls.forward`; None where the kernel does not compute such a call.
@@ -46,7 +47,7 @@ class DecodeCall(Call):
 
     def __init__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-        bias: torch.Tensor | None, sinks: torch.Tensor | None, scale: float, softcap: float,
+        bias: Bias | None, sinks: torch.Tensor | None, scale: float, softcap: float,
         splits: int | None = None, with_lse: bool = True,
     ):  # fmt: skip
         super().__init__("decode", q.shape[3], q, k, v, mask, bias, sinks, scale, softcap, with_lse)

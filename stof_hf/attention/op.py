@@ -14,7 +14,7 @@ from ..masks.pattern import Pattern
 from ..masks.sparse_mask import PLANS, STRUCTURE, SparseMask
 from . import select
 from .dropout import Dropout, draw_seed, threshold_of
-from .relative import RelativeBias, stored
+from .relative import Bias, RelativeBias, stored
 
 
 def attention(
@@ -70,7 +70,7 @@ def attention(
 
 def attention_by_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scale: float | None,
-    *, softcap: float, bias: torch.Tensor | RelativeBias | None, sinks: torch.Tensor | None,
+    *, softcap: float, bias: Bias | None, sinks: torch.Tensor | None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """`attention` as Transformers wants its result: [B, Sq, H, Dv]."""

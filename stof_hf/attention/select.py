@@ -17,6 +17,7 @@ from .dropout import Dropout
 from .granules import Layout
 from .model import BAND, BandForm, band_us, cudnn_us, launch_us
 from .plan import longest_row
+from .relative import Bias
 
 #: A view with at most this many queries is decoding: row-wise whatever the mask.
 DECODE_ROWS = 16
@@ -205,7 +206,7 @@ def cuda_config(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseM
 
 def block_kernel(
     families: list[str], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: SparseMask,
-    bias: torch.Tensor | None, softcap: float,
+    bias: Bias | None, softcap: float,
 ) -> str | None:  # fmt: skip
     """The kernel that computes a call block-wise: one of `families`, or None for Triton's.
 

@@ -117,13 +117,13 @@ class _Common:
             0 if mask.kv_valid is None or len(mask.kv_valid) == 1 else 2 * mask.kv_valid.stride(0)
         )
         self.qkv_strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
-        self.bias_kind = kernels.NO_BIAS.value if bias is None else kernels.BY_PAIR.value
-        self.bias_strides = (0, 0, 0, 0)
-        if isinstance(bias, RelativeBias):
-            self.bias_kind = kernels.BY_DISTANCE.value
-            self.bias_strides = *_strides(bias.copies, 3), 1
-        elif bias is not None:
-            self.bias_strides = _strides(bias, 4)
+        if bias is None:
+            kind, self.bias_strides = kernels.NO_BIAS, (0, 0, 0, 0)
+        elif isinstance(bias, RelativeBias):
+            kind, self.bias_strides = kernels.BY_DISTANCE, (*_strides(bias.copies, 3), 1)
+        else:
+            kind, self.bias_strides = kernels.BY_PAIR, _strides(bias, 4)
+        self.bias_kind = kind.value
         self.whole = self.kv_len % TILE == 0
         # Rows of a bias begin at multiples of 16 elements, and its keys lie side by side.
         self.bias_aligned = self.bias_strides[3] == 1 and all(
@@ -148,10 +148,12 @@ class _Common:
         sinks: torch.Tensor | None,
         stand_in: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        valid, by_distance = mask.kv_valid, isinstance(bias, RelativeBias)
+        valid = mask.kv_valid
+        if isinstance(bias, RelativeBias):
+            bias = bias.copies
         return (
             stand_in if valid is None else valid.view(torch.int32),
-            stand_in if bias is None else bias.copies if by_distance else bias,
+            stand_in if bias is None else bias,
             stand_in if sinks is None else sinks,
         )
 

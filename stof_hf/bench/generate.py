@@ -1,9 +1,9 @@
 """A step of generation: one more token for each sequence, with a static cache.
 
-Every contestant runs without the host, in a CUDA graph, also what torch.compile makes of a model:
-with a static cache `generate` compiles it with "reduce-overhead", whose own graphs torch 2.11 ends
-with an assertion (about stack traces; gone in 2.13). Steps follow each other as in generation: each
-writes its key and value, and sees one more than the one before.
+Every contestant runs without the host, in a CUDA graph. So does what torch.compile makes of a
+model, although with a static cache `generate` has it make graphs of its own ("reduce-overhead"):
+those of several models in one process failed in torch 2.11. Steps follow each other as in
+generation: each writes its key and value, and sees one more than the one before.
 """
 
 from __future__ import annotations

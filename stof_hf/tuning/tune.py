@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..errors import MaskError, StofError, StofWarning, UnsupportedError
+from ..errors import StofError, StofWarning, UnsupportedError
 from ..fusion import fused
 from ..fusion.fused import Choice
 from ..fusion.install import FAMILIES, Found, find, install
@@ -213,9 +213,7 @@ def _mask(layers: list[Found], tokens: int) -> str | None:
     whole: Pattern = Causal() if getattr(attention.module, "is_causal", False) else Full()
     pattern = pattern_of(attention.module)
     wanted = whole if pattern is None else whole & pattern
-    try:
-        wanted.to_json()
-    except MaskError:
+    if not wanted.serializable:
         return None
     # Several results of a length share the mask.
     return mask_bucket(mask_for(wanted, tokens, tokens, device=torch.device("cpu")).valid_share)

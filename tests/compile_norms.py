@@ -1,8 +1,8 @@
-"""Compiles norm, embed, gemm_norm or rotary for GPUs that need not be here: one JSON line a launch.
+"""Compiles a template of few parameters, or a cache's kernel, for GPUs that need not be here.
 
-Each line is [what was compiled, bytes of shared memory or the error, bytes that there are]. Run by
-the tests of these templates in a process of its own, because kernels that are to be interpreted, as
-the tests' own are on a CPU, cannot be compiled.
+Prints one JSON line a launch: [what was compiled, bytes of shared memory or the error, bytes that
+there are]. Run by these kernels' tests in a process of its own, because kernels that are to be
+interpreted, as the tests' own are on a CPU, cannot be compiled.
 """
 
 import json
@@ -11,10 +11,12 @@ from itertools import product
 
 import torch
 from compiled_kernel import MEMORY, shared_memory_of
+from transformers import MistralConfig, StaticCache
 
 from stof_hf.attention import select
+from stof_hf.fusion import static_cache
 from stof_hf.fusion.parts import Norm
-from stof_hf.fusion.templates import embed, gemm_norm, norm, overflow, rotary
+from stof_hf.fusion.templates import common, embed, gemm_norm, gemv, norm, overflow, rotary
 from stof_hf.kernels import dependent
 
 HALF, FULL = torch.float16, torch.float32
@@ -98,17 +100,60 @@ def overflow_calls(memory):
             yield f"{count} {params}"
 
 
+def gemv_calls(memory):
+    for (n, k), dtype, transposed, rms in product(
+        ((3072, 2048), (1001, 77)), (HALF, FULL), (False, True), (False, True)
+    ):
+        x, g, b = zeros(1, k, dtype=dtype), zeros(k, dtype=dtype), zeros(n, dtype=dtype)
+        w = zeros(k, n, dtype=dtype).T if transposed else zeros(n, k, dtype=dtype)
+        norm, about = Norm(g, None if rms else g, 1e-5, rms), f"{n}x{k} {dtype} {transposed=}"
+        gemv.gemv(x, w, b, zeros(1, n, dtype=dtype), activation="gelu", norm=norm)
+        yield f"{about} {rms=}"
+        gemv.gemv(x, w[: n // 2 * 2], activation="silu", gated=True)
+        yield f"{about} gated"
+        table = zeros(1, 14, dtype=dtype)
+        gemv.gemv(
+            x, w[: n // 14 * 14], heads=n // 14, rotated_heads=5, cos=table, sin=table, norm=norm
+        )
+        yield f"{about} rotary {rms=}"
+    # The most that a thread holds.
+    for values in product(*gemv.SPACE.values()):
+        params = dict(zip(gemv.SPACE, values, strict=True))
+        if gemv.fits(params) and not gemv.fits(params | {"warps": params["warps"] / 2}):
+            gemv.gemv(zeros(1, 2048), zeros(4096, 2048), gated=True, params=params)
+            yield f"{params}"
+
+
+def cache_calls(tokens, windows):
+    def calls(memory):
+        for dtype, dim, batch in product((HALF, FULL), (64, 80, 128), (1, 32)):
+            window = (4096 if dtype is HALF else 1000) if windows else None
+            config = MistralConfig(num_hidden_layers=1, sliding_window=window)
+            cache = StaticCache(config, max_cache_len=5000 if windows else 64)
+            cache.early_initialization(batch, 8, dim, dtype, torch.device("cpu"))
+            cache.layers[0].cumulative_length_int = 4096
+            k = zeros(batch, 8, tokens, dim, dtype=dtype)
+            static_cache.append(cache, k, k, 0)
+            yield f"{dtype} {dim} {batch}"
+
+    return calls
+
+
 if __name__ == "__main__":
     kernel, calls = {
         "norm": (norm.norm_kernel, norm_calls),
         "embed": (embed.embed_kernel, embed_calls),
         "gemm_norm": (gemm_norm.gemm_norm_kernel, gemm_norm_calls),
         "rotary": (rotary.rotary_kernel, rotary_calls),
+        "gemv": (gemv.gemv_kernel, gemv_calls),
+        "append": (static_cache.append_kernel, cache_calls(2, False)),
+        "shift": (static_cache.shift_kernel, cache_calls(1, True)),
         "overflow find": (overflow.find_kernel, overflow_calls),
         "overflow clamp": (overflow.clamp_kernel, overflow_calls),
     }[sys.argv[1]]
     select.multiprocessors = lambda device: 132
     launches = []
+    common.check = lambda *arguments: None
     # One call launches both.
     overflow.find_kernel.run = overflow.clamp_kernel.run = lambda *args, **named: None
     kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))

@@ -1,6 +1,7 @@
 """Replaced layers beside what users do with models: adapters, hooks, dtypes, saving, recording."""
 
 import copy
+import itertools
 import warnings
 
 import accelerate
@@ -480,13 +481,22 @@ def test_every_segment_names_templates():
     assert {name for names in SEGMENTS.values() for name in names} == set(TEMPLATES)
 
 
+TEXT = ("bert", "gpt2", "llama", "modernbert", "qwen2", "t5")
+
+
 @interpreted
-@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "modernbert", "vit", "qwen2", "t5"])
-@pytest.mark.parametrize("which", ["longest", "cut at norms"])
+@pytest.mark.parametrize("name, which", [
+    *itertools.product((*TEXT, "vit"), ("longest", "cut at norms")),
+    *itertools.product(TEXT, ("one row",)),
+])  # fmt: skip
 def test_templates_compute_what_the_layers_do(name, which):
     """Through Triton's interpreter, with default parameters."""
     model = build(name)
     inputs = inputs_of(model, 20)
+    rows, preferred = 40, "gemm"
+    if which == "one row":
+        inputs = {"input_ids": inputs["input_ids"][:1, :1]}
+        rows, preferred = 1, "gemv"
     want = first(model, inputs)
     found = find(model)
     choices = {}
@@ -499,12 +509,44 @@ def test_templates_compute_what_the_layers_do(name, which):
                         in s.segments or ("bias", "residual", "norm") in s.segments]  # fmt: skip
             # The first product of a ViT has no norm behind it.
             possible = possible or schemes(one.layer.names)
+        runs = {}
         best = min(possible, key=lambda s: len(s.sizes))
-        runs = {
-            segment: "gemm" if "gemm" in SEGMENTS[segment] else SEGMENTS[segment][0]
-            for segment in best.segments
-        }
-        runs = {segment: (name, None if name != "torch" else {}) for segment, name in runs.items()}
-        choices[one.kind] = {40: Choice.of(best, runs)}
+        for segment in best.segments:
+            known = [n for n in SEGMENTS[segment] if TEMPLATES[n].serves(rows)]
+            chosen = preferred if preferred in known else known[0]
+            runs[segment] = chosen, (None if chosen != "torch" else {})
+        choices[one.kind] = {rows: Choice.of(best, runs)}
     names = install(found, choices)
     assert runs_fused(model, inputs, want, rtol=2e-4, atol=2e-4) in (True, len(names))
+
+
+@interpreted
+def test_what_computes_one_row_is_for_one_row():
+    model = build("llama")
+    one, few, many = (Choice("0" * 11, ((name, None),)) for name in ("gemv", "torch", "gemm"))
+    assert (one.serves(1), one.serves(2), many.serves(2)) == (True, False, True)
+    kept = fused.Fused({1: one, 64: many}, torch.float32)
+    assert (kept.nearest(1), kept.nearest(2), kept.nearest(1000)) == (one, many, many)
+    assert fused.Fused({1: one}, torch.float32).nearest(2) is None
+    assert fused.Fused({1: one, 2: None}, torch.float32).nearest(3) is None
+    assert fused.Fused({1: few}, torch.float32).nearest(300) is few
+
+    # Another number of rows runs the layers' own code, without a word.
+    found = blocks(model)
+    layer = found[0].layer
+    scheme = Scheme.unfused(layer.names)
+    runs = {segment: ("torch", {}) for segment in scheme.segments}
+    runs[("attention",)] = "attention", {}
+    runs[("gemm",)] = "gemv", None
+    inputs = {"input_ids": inputs_of(model, 5)["input_ids"]}
+    first_token = {"input_ids": inputs["input_ids"][:1, :1]}
+    wanted = [first(model, each) for each in (inputs, first_token)]
+    install(found, {one.kind: {1: Choice.of(scheme, runs)} for one in found})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not runs_fused(model, inputs, wanted[0], rtol=0, atol=0)
+        assert runs_fused(model, first_token, wanted[1], rtol=2e-4, atol=2e-4)
+    with pytest.raises(UnsupportedError, match="'gemv' does not compute 8 rows"):
+        fused.steps_of(
+            layer, Choice.of(scheme, runs), fused.Weights.of(layer), (2, 4), torch.device("cpu")
+        )

@@ -141,12 +141,23 @@ class _Step:
             for part in (layer.keys, layer.values)
         ]  # fmt: skip
         ids = torch.randint(config.vocab_size, (cell.batch, 1), generator=noise, device=device)
-        self.run: Callable[[], Any] = lambda: model(ids, past_key_values=self.cache, use_cache=True)
+        # As `generate` has them: a full window's own count is a number, which graphs would keep.
+        self.positions = torch.zeros_like(ids)
+
+        def step() -> Any:
+            out = model(
+                ids, position_ids=self.positions, past_key_values=self.cache, use_cache=True
+            )
+            self.positions += 1
+            return out
+
+        self.run: Callable[[], Any] = step
         self.reset()
 
     def reset(self) -> None:
         """Back to the context."""
         self.count = 0
+        self.positions.fill_(self.context)
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.context)
             if hasattr(layer, "cumulative_length_int"):

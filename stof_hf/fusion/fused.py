@@ -39,6 +39,11 @@ class Choice:
     scheme: str
     segments: tuple[tuple[str, Params | None], ...]
 
+    def serves(self, rows: int) -> bool:
+        """Whether its templates compute so many rows."""
+        known = (TEMPLATES[name] for name, _ in self.segments if name in TEMPLATES)
+        return all(template.serves(rows) for template in known)
+
     @classmethod
     def unfused(cls, layer: Layer) -> Choice:
         """Each operator by itself, as PyTorch computes it."""
@@ -111,8 +116,10 @@ def steps_of(
             raise UnsupportedError(f"{name!r} does not compute [{' '.join(segment)}]: tune again")
         if template.module and not runs_on(device):
             raise UnsupportedError(f"template {name!r} runs on CUDA GPUs, not on {device}")
+        if not template.serves(rows := math.prod(shape)):
+            raise UnsupportedError(f"{name!r} does not compute {rows} rows: tune again")
         if params is None:
-            params = template.start(part, math.prod(shape), device)
+            params = template.start(part, rows, device)
         elif not template.allows(params, part, shared_memory(device)):
             raise UnsupportedError(f"{name!r} does not run with {dict(params)}: tune again")
         steps.append(template.build(part, params, shape))
@@ -150,7 +157,7 @@ class Fused:
 
     Args:
         choices: number of rows (batch size x tokens) -> choice, None where the layer's own code is
-            faster; a call takes the nearest.
+            faster; a call takes the nearest of those whose templates compute its rows.
         dtype: of the weights that they were measured with.
     """
 
@@ -164,8 +171,11 @@ class Fused:
         return Fused, (self.choices, self.dtype)
 
     def nearest(self, rows: int) -> Choice | None:
-        near = min(self.choices, key=lambda tuned: abs(math.log2(tuned / rows)))
-        return self.choices[near]
+        serving = (
+            tuned for tuned, choice in self.choices.items() if choice is None or choice.serves(rows)
+        )
+        near = min(serving, key=lambda tuned: abs(math.log2(tuned / rows)), default=None)
+        return None if near is None else self.choices[near]
 
     def in_use(self) -> list[Any]:
         """What the last calls ran with, which ever new shapes may throw away."""

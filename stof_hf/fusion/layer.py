@@ -19,6 +19,9 @@ __all__ = [
     "product",
 ]  # fmt: skip
 
+#: New tokens of a sequence, at most, whose way into a cache counts.
+_FEW = 16
+
 
 @dataclass(frozen=True)
 class Operator:
@@ -264,8 +267,20 @@ def attend(rows: torch.Tensor, to: Attention, context: Context) -> torch.Tensor:
     """[B, S, H * D] by the attention function that the model is set to."""
     q, k, v = split(rows, to)
     if context.cache is not None:
-        k, v = context.cache.update(k, v, to.module.layer_idx)
+        k, v = _cached(context.cache, k, v, to.module.layer_idx)
     return _attend(to, q, k, v, context.mask, context.position_bias)
+
+
+def _cached(
+    cache: Any, k: torch.Tensor, v: torch.Tensor, index: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """All of a layer's keys and values, with these behind them."""
+    if k.is_cuda and k.shape[2] <= _FEW:
+        from .static_cache import append
+
+        if (kept := append(cache, k, v, index)) is not None:
+            return kept
+    return cache.update(k, v, index)
 
 
 def attend_encoder(

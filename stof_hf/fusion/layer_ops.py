@@ -46,23 +46,23 @@ SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("residual", "norm"): ("norm", "torch"),
     ("bias", "residual", "norm"): ("norm", "torch"),
     # The template for two products at once adds no bias.
-    ("gemm", "gate"): ("gated", "gemm_hopper", "gemm_split_k", "torch"),
+    ("gemm", "gate"): ("gemv", "gated", "gemm_hopper", "gemm_split_k", "torch"),
 }
 for _product in ("gemm",), ("gemm", "bias"):
     SEGMENTS |= {
-        _product: ("torch", "gemm", "gemm_hopper", "gemm_split_k"),
-        (*_product, "act"): ("gemm", "gemm_hopper", "gemm_split_k", "torch"),
-        (*_product, "rotary"): ("qkv", "torch"),
-        (*_product, "residual"): ("gemm", "gemm_hopper", "gemm_split_k", "torch"),
+        _product: ("gemv", "torch", "gemm", "gemm_hopper", "gemm_split_k"),
+        (*_product, "act"): ("gemv", "gemm", "gemm_hopper", "gemm_split_k", "torch"),
+        (*_product, "rotary"): ("gemv", "qkv", "torch"),
+        (*_product, "residual"): ("gemv", "gemm", "gemm_hopper", "gemm_split_k", "torch"),
         (*_product, "residual", "norm"): ("gemm_norm", "torch"),
         # PyTorch has no kernel for these: a norm by itself and what is behind it compete.
-        ("norm", *_product): ("gemm",),
-        ("norm", *_product, "act"): ("gemm",),
-        ("norm", *_product, "rotary"): ("qkv",),
+        ("norm", *_product): ("gemv", "gemm"),
+        ("norm", *_product, "act"): ("gemv", "gemm"),
+        ("norm", *_product, "rotary"): ("gemv", "qkv"),
         # A clamp by itself competes here too.
         (*_product, "residual", "clamp"): ("gemm", "gemm_split_k"),
     }
-SEGMENTS[("norm", "gemm", "gate")] = ("gated",)
+SEGMENTS[("norm", "gemm", "gate")] = ("gemv", "gated")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ class Template:
         module: of stof_hf.fusion.templates, for what has parameters.
         default: (module, part, rows, device) -> parameters.
         fits: (module, params, part, bytes of shared memory) -> whether it compiles and fits.
+        rows: the most that it computes, where there is a limit.
     """
 
     build: Callable[[Part, Params, Shape], Step]
@@ -51,6 +52,7 @@ class Template:
     module: str | None = None
     default: Callable[[Any, Part, int, torch.device], Params] | None = None
     fits: Callable[[Any, Params, Part, int], bool] | None = None
+    rows: int | None = None
 
     @property
     def code(self) -> Any:
@@ -62,8 +64,14 @@ class Template:
         return self.code.SPACE if self.module else {}
 
     def start(self, part: Part, rows: int, device: torch.device) -> Params:
-        """Parameters that nobody tuned."""
+        """Parameters that nobody tuned; raises UnsupportedError for too many rows."""
+        if not self.serves(rows):
+            raise UnsupportedError(f"{rows} rows are more than {self.rows}")
         return self.default(self.code, part, rows, device) if self.module else {}
+
+    def serves(self, rows: int) -> bool:
+        """Whether it computes so many rows."""
+        return self.rows is None or rows <= self.rows
 
     def allows(self, params: Params, part: Part, shared_memory: int) -> bool:
         if not self.module:
@@ -112,6 +120,31 @@ def _gated(part: Part, params: Params, shape: Shape) -> Step:
     gate, up = part.weight.chunk(2)
     options = {"activation": part.activation, "norm": part.norm, "params": params}
     return _producing(part, _prepared(lambda rows: gated(rows, gate, up, **options)))
+
+
+def _gemv(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.gemv import gemv
+
+    weight, bias, to = part.weight, part.bias, part.attention
+    options = {"norm": part.norm, "params": params}
+    if "rotary" in part.names:
+        turned = to.heads + to.kv_heads
+        options |= {"heads": turned + to.kv_heads, "rotated_heads": turned}
+        rotate = _prepared(
+            lambda row, cos, sin: gemv(row, weight, bias, cos=cos, sin=sin, **options), checked=2
+        )
+
+        def step(rows, residual, context):
+            cos, sin = context.position_embeddings
+            out = rotate(rows, cos.flatten(0, 1), sin.flatten(0, 1))
+            return out, residual if part.norm is None else rows
+
+        return step
+    options |= {"activation": part.activation, "gated": "gate" in part.names}
+    if "residual" in part.names:
+        add = _prepared(lambda row, residual: gemv(row, weight, bias, residual, **options))
+        return lambda rows, residual, _: (add(rows, residual), residual)
+    return _producing(part, _prepared(lambda row: gemv(row, weight, bias, **options)))
 
 
 def _producing(part: Part, call: Callable[[torch.Tensor], torch.Tensor]) -> Step:
@@ -431,6 +464,12 @@ def _split_k_default(code: Any, part: Part, rows: int, device: torch.device) -> 
     return code.default(rows, n // (1 + gated), k, device, gated=gated)
 
 
+def _gemv_default(code: Any, part: Part, rows: int, device: torch.device) -> Params:
+    pairs = "gate" in part.names or "rotary" in part.names
+    transposed = part.weight.stride(1) != 1
+    return code.default(part.weight.shape[0] // (1 + pairs), transposed=transposed)
+
+
 def _gemm_fits(code: Any, params: Params, part: Part, memory: int) -> bool:
     norm = part.norm is not None
     return code.fits(params, part.weight.dtype, shared_memory=memory, norm=norm)
@@ -463,6 +502,10 @@ TEMPLATES: dict[str, Template] = {
         lambda code, params, part, memory: code.fits(
             params, part.weight.shape[1], shared_memory=memory
         ),
+    ),
+    "gemv": Template(
+        _gemv, _takes, "gemv", _gemv_default,
+        lambda code, params, part, memory: code.fits(params), rows=1,
     ),
     "qkv": Template(_qkv, _takes, "qkv", _gemm_default, _gemm_fits),
     "rotary": Template(

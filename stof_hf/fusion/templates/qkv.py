@@ -143,7 +143,7 @@ def qkv(
         if positions is not None:
             raise UnsupportedError("positions without cos and sin: pass all three")
         return gemm(x, w, bias, norm=norm, params=params)
-    _check_rotary(x, cos, sin, positions, n // packed)
+    check_rotary(x, cos, sin, positions, n // packed)
     check_norm(x, norm)
     params = params or default(m, n, k, x.dtype, x.device, norm=norm is not None)
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -166,7 +166,7 @@ def qkv(
     return out
 
 
-def _check_rotary(
+def check_rotary(
     x: torch.Tensor,
     cos: torch.Tensor | None,
     sin: torch.Tensor | None,

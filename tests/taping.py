@@ -102,15 +102,18 @@ class TapeRecorder:
     def order(self, device: torch.device) -> None:
         pass
 
-    def capture(self, run: Any, device: torch.device) -> Tape:
+    def capture(self, run: Any, device: torch.device, undo: Any = None) -> Tape:
         self.captures += 1
         # A GPU is not asked whether a mask is all ones.
+        undo = undo or (lambda: None)
         with patch.object(masks, "_all_ones_for_free", lambda _: False):
             run()
+            undo()
             # What Transformers asks before it reads a mask.
             asked = "transformers.utils.import_utils.is_cuda_stream_capturing"
             with patch(asked, lambda: True), _no_builds(), _Taping() as taping:
                 outputs = run()
+            undo()
         tape = Tape(self, taping.steps, outputs)
         self.tapes.append(tape)
         return tape

@@ -294,3 +294,29 @@ def test_a_replay_takes_the_host_little_time(name):
     print(f"{name}: {mine:.0f} us with graphs, {theirs:.0f} us without")
     assert captured(model) == 1
     assert mine < theirs / 3
+
+
+@pytest.mark.parametrize("implementation", ["stof", "sdpa"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2"])
+def test_steps_of_generation(name, implementation, monkeypatch):
+    model, plain = pair(name, implementation, torch.float32)
+    if implementation == "stof":
+        install(find(model))
+    for one in (model, plain):
+        for parameter in one.parameters():
+            # Tokens whose logits are nearly the same are no test.
+            parameter.data.mul_(4 if parameter.ndim > 1 else 1)
+
+    def compiled(*args, **kwargs):
+        raise AssertionError("a step is compiled")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    for i in range(3):
+        inputs = on_gpu(masked(2, 20, left=6 + i, seed=i))
+        want = plain.generate(**inputs, **options)
+        with torch.inference_mode(i == 2):
+            got = model.generate(**inputs, cache_implementation="static", **options)
+        assert torch.equal(got, want)
+        # The graph of a cache that is gone went with it.
+        assert captured(model) == 1

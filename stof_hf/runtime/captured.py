@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import masking_utils
+from transformers.cache_utils import StaticCache
 
+from ..errors import UnsupportedError
 from ..fusion.install import in_use
 from ..masks.cache import noting
-from .buckets import Facts, Size, copy_out, padded_shape
+from .buckets import Facts, Size, Unknown, copy_out, padded_shape
 from .recorder import Recorder, Recording
+from .steps import Lengths
 from .unpadded import padded
 
 __all__ = ["Captured", "arguments_of", "shapes_of"]
@@ -31,8 +35,13 @@ class Captured:
     def __init__(
         self, recorder: Recorder, model: nn.Module, facts: Facts | None,
         tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any],
-        sizes: tuple[Size, Size] | None,
+        sizes: tuple[Size, Size] | None, cache: StaticCache | None = None,
     ):  # fmt: skip
+        """Captures.
+
+        Args:
+            cache: to which the forward adds its tokens, and which is then none of its outputs.
+        """
         forward, arguments = type(model).replaced.forward, dict(plain)
         self._facts, self._as_tuple = facts, False
         if facts is not None:
@@ -43,6 +52,11 @@ class Captured:
             cached = arguments.get("use_cache", getattr(model.config, "use_cache", False))
             if facts.causal and not cached and "attention_mask" not in tensors:
                 arguments["past_key_values"] = _NOTHING_BEFORE
+        undo, inference = None, False
+        if cache is not None:
+            arguments["past_key_values"] = cache
+            # What inference mode made may only be written to in it.
+            undo, inference = Lengths(cache).put_back, cache.layers[0].keys.is_inference()
         device = next(iter(tensors.values())).device
         with torch.inference_mode(False), torch.no_grad():
             self._static = {
@@ -59,18 +73,39 @@ class Captured:
             def run() -> Any:
                 # What was made of a tensor's values and kept for its version is not for a graph.
                 torch.autograd.graph.increment_version([*self._static.values()])
-                return forward(model, **self._static, **arguments)
+                with torch.inference_mode(inference):
+                    return forward(model, **self._static, **arguments)
 
             with _no_mask_stays_none(), noting() as masks, padded():
-                self.recording = recorder.capture(run, device)
+                try:
+                    self.recording = recorder.capture(run, device, undo)
+                except BaseException:
+                    if undo is not None:
+                        undo()
+                    raise
+            if cache is not None:
+                # A recording does not keep it alive.
+                outputs = dataclasses.replace(self.recording.outputs, past_key_values=None)
+                self.recording.outputs = outputs
+                try:
+                    # A step that was taken cannot be given back.
+                    copy_out(outputs)
+                except Unknown as unknown:
+                    self.recording.release()
+                    raise UnsupportedError(f"it returns {unknown}") from unknown
             self._held = [*map(_read_of, masks), *in_use(model)]
         self._size = None
 
-    def __call__(self, tensors: Mapping[str, torch.Tensor], sizes: tuple[Size, Size] | None) -> Any:
+    def __call__(
+        self, tensors: Mapping[str, torch.Tensor], sizes: tuple[Size, Size] | None,
+        cache: StaticCache | None = None,
+    ) -> Any:  # fmt: skip
         self._fill(tensors, sizes)
         self.recording.replay()
         real = (self._facts, *sizes) if sizes is not None else ()
         out = copy_out(self.recording.outputs, _NOTHING_BEFORE, *real)
+        if cache is not None:
+            return dataclasses.replace(out, past_key_values=cache)
         return out.to_tuple() if self._as_tuple else out
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], sizes: tuple[Size, Size] | None) -> None:
@@ -155,9 +190,13 @@ def _defaults(cls: type[nn.Module]) -> dict[str, Any]:
 
 
 def arguments_of(
-    cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+    cls: type[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any], cached: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
-    """A call's tensors and plain values by name; None for what no graph is to run."""
+    """A call's tensors and plain values by name; None for what no graph is to run.
+
+    Args:
+        cached: the call has a cache besides.
+    """
     defaults = _defaults(cls)
     given = [*zip(defaults, args, strict=False), *kwargs.items()]
     if len(args) > len(defaults) or len(dict(given)) < len(given):
@@ -180,5 +219,6 @@ def arguments_of(
     mask = tensors.get("attention_mask")
     if not tensors or (mask is not None and mask.ndim not in (2, 4)):
         return None
-    # Without a mask, positions say where packed sequences begin.
-    return None if mask is None and "position_ids" in tensors else (tensors, plain)
+    # Without a mask and a cache, positions say where packed sequences begin.
+    packed = mask is None and not cached and "position_ids" in tensors
+    return None if packed else (tensors, plain)

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import StaticCache
 from transformers.utils.output_capturing import _active_collector
 
 from ..errors import StofWarning, UnsupportedError
 from ..fusion.layer import implementation
-from .buckets import Unknown, bucket_of, facts_of, is_for_unpadding, is_small
+from .buckets import Size, Unknown, bucket_of, facts_of, is_for_unpadding, is_small
 from .captured import Captured, arguments_of, shapes_of
 from .recorder import Recorder
+from .steps import Room, counts_on_device, methods_of, step_of
 from .unpadded import unpads
 from .watch import Watch, device_of, refusal
 
@@ -134,11 +136,7 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
     # The same signature: Transformers and its users look up what a forward takes.
     @wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (
-            torch.compiler.is_compiling() or self.training or torch.is_grad_enabled()
-            or torch._C._len_torch_dispatch_stack() or torch.jit.is_tracing()
-            or _active_collector.get() is not None
-        ):  # fmt: skip
+        if not _runs_its_own(self):
             out = self.__dict__["_stof_graphs"].run(self, args, kwargs)
             if out is not _OWN:
                 return out
@@ -146,13 +144,44 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 
     # The same name: Transformers finds what it records, and saves, by class or by name.
     body = {"replaced": cls, "forward": forward, "__module__": cls.__module__}
+    body |= methods_of(cls, _step, _takes)
     return type(cls.__name__, (_Graphed, cls), body)
+
+
+def _runs_its_own(model: nn.Module) -> bool:
+    """Whether this is no call for graphs, whatever is called."""
+    return (
+        torch.compiler.is_compiling() or model.training or torch.is_grad_enabled()
+        or bool(torch._C._len_torch_dispatch_stack()) or torch.jit.is_tracing()
+        or _active_collector.get() is not None
+    )  # fmt: skip
+
+
+def _takes(model: nn.Module, cache: Any) -> bool:
+    """Whether a cache's steps are given to `_step` with the mask that only hides padding."""
+    return not _runs_its_own(model) and model.__dict__["_stof_graphs"].takes(model, cache)
+
+
+def _step(model: nn.Module, compile_config: Any, **kwargs: Any) -> Any:
+    """What `generate` calls in the place of a compiled forward."""
+    if not _takes(model, kwargs.get("past_key_values")):
+        return class_of(model).get_compiled_call(model, compile_config)(**kwargs)
+    out = model.__dict__["_stof_graphs"].step(model, kwargs)
+    return model(**kwargs) if out is _OWN else out
 
 
 def _reads_values(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
     """Whether attention's plans follow from a mask's values, which may be others in a replay."""
     whole = any(x.ndim == 4 for name, x in tensors.items() if name.endswith("attention_mask"))
     return whole and implementation(model.config) not in ("sdpa", "eager")
+
+
+def _kind(tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> tuple[Any, ...]:
+    """What a call's arguments are, but for sizes."""
+    return (
+        *sorted((name, type(x), x) for name, x in plain.items()),
+        *sorted((name, x.dtype, x.ndim) for name, x in tensors.items()),
+    )
 
 
 class Graphs:
@@ -167,6 +196,8 @@ class Graphs:
         self._recorder = Recorder()
         self._lock = threading.Lock()
         self._graphs: OrderedDict[Any, Captured] = OrderedDict()
+        #: Static caches by their ids, which are part of their graphs' keys.
+        self._rooms: dict[int, Room] = {}
         self._seen: set[Any] = set()
         #: Calls that nothing can be captured of, and those that cannot be padded.
         self._own: set[Any] = set()
@@ -200,11 +231,51 @@ class Graphs:
                 return _OWN
             return self._run(model, tensors, plain)
 
+    def takes(self, model: nn.Module, cache: Any) -> bool:
+        """Whether steps with this cache are for graphs."""
+        if not counts_on_device(cache):
+            return False
+        with self._lock:
+            if self._watch is None:
+                self._look_again(model)
+            return not self._refused
+
+    def step(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """What a step of generation returns, or _OWN where the model's own forward has to run."""
+        given = step_of(kwargs)
+        parts = given and arguments_of(type(model).replaced, (), given[1], cached=True)
+        if not parts or self._recorder.capturing():
+            return _OWN
+        (cache, _), (tensors, plain) = given, parts
+        with self._lock:
+            if self._watch is None or not self._watch.holds():
+                self._look_again(model)
+            places = [*tensors.values(), cache.layers[0].keys]
+            if self._refused or any(x.device != self._device for x in places):
+                return _OWN
+            if torch.is_autocast_enabled(self._device.type):
+                return _OWN
+            for one in [one for one, room in self._rooms.items() if room.gone]:
+                self._forget_room(one)
+            room = self._rooms.get(id(cache))
+            if room is None or not room.holds(cache):
+                self._forget_room(id(cache))
+                room = self._rooms[id(cache)] = Room(cache)
+            key = (id(cache), _kind(tensors, plain), *shapes_of(tensors, None))
+            return self._repeat(model, key, room.seen, tensors, plain, cache=cache)
+
+    def _forget_room(self, one: int) -> None:
+        self._rooms.pop(one, None)
+        for key in [key for key in self._graphs if key[0] == one]:
+            self._graphs.pop(key).recording.release()
+        self._own -= {key for key in self._own if key[0] == one}
+
     def clear(self) -> None:
         """Give all memory back."""
         for graph in self._graphs.values():
             graph.recording.release()
         self._graphs.clear()
+        self._rooms.clear()
         self._own.clear()
         self._exact.clear()
 
@@ -228,39 +299,44 @@ class Graphs:
         if sizes is not None and sizes[0].tokens < sizes[1].tokens and not self._facts.causal:
             one = torch.ones((), dtype=torch.int64, device=self._device)
             padded = {"attention_mask": one.expand(sizes[0]), **tensors}
-        kind = (
-            *sorted((name, type(x), x) for name, x in plain.items()),
-            *sorted((name, x.dtype, x.ndim) for name, x in padded.items()),
-        )
+        kind = _kind(padded, plain)
         if kind in self._exact:
             sizes = None
         else:
             tensors = padded
         key = (kind, sizes is None, *shapes_of(tensors, sizes))
+        return self._repeat(model, key, self._seen, tensors, plain, sizes)
+
+    def _repeat(
+        self, model: nn.Module, key: Any, seen: set[Any], tensors: dict[str, torch.Tensor],
+        plain: Any, sizes: tuple[Size, Size] | None = None, cache: StaticCache | None = None,
+    ) -> Any:  # fmt: skip
+        """What the graph of a key returns, which is captured at the second call."""
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
             self._recorder.order(self._device)
-            return graph(tensors, sizes)
+            return graph(tensors, sizes, cache)
         if key in self._own:
             return _OWN
-        if key not in self._seen:
+        if key not in seen:
             # A shape that never comes back is not worth a capture, which takes as long as many
             # calls.
-            if len(self._seen) == _MOST_SEEN:
-                self._seen.clear()
-            self._seen.add(key)
+            if len(seen) == _MOST_SEEN:
+                seen.clear()
+            seen.add(key)
             return _OWN
         if len(self._graphs) == self.max_graphs:
             self._graphs.popitem(last=False)[1].recording.release()
         self._recorder.order(self._device)
+        facts = self._facts if cache is None else None
         try:
-            graph = Captured(self._recorder, model, self._facts, tensors, plain, sizes)
-            result = graph(tensors, sizes)
+            graph = Captured(self._recorder, model, facts, tensors, plain, sizes, cache)
+            result = graph(tensors, sizes, cache)
         except Unknown as unknown:
             graph.recording.release()
             if sizes is not None:
-                self._exact.add(kind)
+                self._exact.add(key[0])
             else:
                 self._refuse(model, key, plain, f"it returns {unknown}")
             return _OWN

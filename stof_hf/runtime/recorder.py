@@ -64,11 +64,16 @@ class Recorder:
             stream.wait_stream(self._last)
         self._last = stream
 
-    def capture(self, run: Callable[[], Any], device: torch.device) -> Recording:
+    def capture(
+        self, run: Callable[[], Any], device: torch.device, undo: Callable[[], None] | None = None
+    ) -> Recording:
         """What `run` does on `device`, to be repeated.
 
         What it reads that was made before has to live as long as the recording. Weights it only
         reads.
+
+        Args:
+            undo: puts back what a run changed: those that warm up are not to count.
 
         Raises whatever `run` raises, and UnsupportedError where it reads values on the host.
         """
@@ -80,6 +85,8 @@ class Recorder:
             with torch.cuda.stream(self._side):
                 for _ in range(_WARM_UPS):
                     run()
+                    if undo is not None:
+                        undo()
             current.wait_stream(self._side)
             # A pool whose last graph is gone cannot be joined any more.
             if self._pool is None or not any(one.graph for one in self._alive):

@@ -17,7 +17,7 @@ from ...errors import UnsupportedError
 from ...kernels import dependent
 from ...kernels.dependent import await_kernels_before
 from . import common
-from .common import activate, check_rows, fetch_weights
+from .common import activate, check_rows
 from .launch import launch
 from .prologue import check_norm, statistics
 from .qkv import check_rotary
@@ -44,7 +44,7 @@ _CHUNK = 256
 @triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, bias_ptr, residual_ptr, cos_ptr, sin_ptr, out_ptr, norm_ptr, shift_ptr, eps,
-    n, k, count, w_n, w_k, rotated_heads,
+    k, count, w_n, w_k, rotated_heads,
     PAIR: tl.constexpr, HALF: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, NORM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     CHUNK: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -59,9 +59,6 @@ def gemv_kernel(
     else:
         first = unit
         second = unit + count
-    fetch_weights(w_ptr, first, n, k, w_n, w_k, BN, DEPENDENT)
-    if PAIR != "none":
-        fetch_weights(w_ptr, second, n, k, w_n, w_k, BN, DEPENDENT)
     await_kernels_before(DEPENDENT)
     at = tl.arange(0, BK)
     w_ptrs = w_ptr + (first.to(tl.int64) * w_n)[:, None] + (at.to(tl.int64) * w_k)[None, :]
@@ -223,8 +220,8 @@ def gemv(
     with common.on_device_of(x):
         launch(
             gemv_kernel, (triton.cdiv(count, params["block_n"]),),
-            x, w, bias, residual, cos, sin, out, *of_norm, w.shape[0], k, count, *w.stride(),
-            rotated_heads, pair, half, activation, bias is not None, residual is not None, kind,
+            x, w, bias, residual, cos, sin, out, *of_norm, k, count, *w.stride(), rotated_heads,
+            pair, half, activation, bias is not None, residual is not None, kind,
             params["block_n"], params["block_k"], _CHUNK * params["warps"],
             num_warps=params["warps"], **dependent.options(x.device),
         )  # fmt: skip

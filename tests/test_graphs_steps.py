@@ -14,6 +14,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import stof_hf
 from stof_hf import StofWarning, patterns
+from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import graphs
 
@@ -77,13 +78,24 @@ def test_tokens_are_those_of_the_own_code(name, implementation):
     assert (recorder.captures, recorder.replays) == (2, 20)
 
 
-def test_replaced_layers_and_patterns():
+def test_replaced_layers_and_patterns(monkeypatch):
     model, plain, recorder = pair("llama")
+    run, ran = fused.Fused.run, []
+
+    def counted(*args):
+        out = run(*args)
+        ran.append(out is not None)
+        return out
+
+    monkeypatch.setattr(fused.Fused, "run", counted)
     for one in (model, plain):
         install(find(one))
         stof_hf.set_pattern(one, patterns.Longformer(8, (0,)), persist=False)
     inputs = masked(2, 30, left=4)
-    assert torch.equal(generate(model, inputs), wanted(plain, inputs))
+    tokens = generate(model, inputs)
+    # Two layers in the prefill, the first step, what warms up, and the capture.
+    assert ran == 8 * [True]
+    assert torch.equal(tokens, wanted(plain, inputs))
     assert recorder.replays == 10
 
 

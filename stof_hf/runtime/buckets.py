@@ -151,7 +151,7 @@ def padded_shape(shape: torch.Size, size: Size, bucket: Size) -> tuple[int, ...]
 
 def copy_out(
     output: Any, dropped: Any = None, facts: Facts | None = None,
-    size: Size | None = None, bucket: Size | None = None,
+    size: Size | None = None, bucket: Size | None = None, *, instead: Any = None,
 ) -> Any:  # fmt: skip
     """A copy of what a forward returned, of what is real in it where it was padded.
 
@@ -159,7 +159,7 @@ def copy_out(
     the host as long, and slices of padded tensors are none of the dense ones that it is fast for.
 
     Args:
-        dropped: an object that the caller did not ask for, and gets None for.
+        dropped: an object that the caller does not get, but `instead`.
         size, bucket: as `bucket_of` gives them, with facts, or None for all.
 
     Raises:
@@ -197,8 +197,8 @@ def copy_out(
         return made
 
     def walk(x: Any, name: str | None) -> Any:
-        if x is dropped or x is None:
-            return None
+        if x is None or x is dropped:
+            return None if x is None else instead
         if isinstance(x, torch.Tensor):
             return clone(x, name)
         if isinstance(x, ModelOutput):

@@ -73,7 +73,7 @@ class Captured:
             def run() -> Any:
                 # What was made of a tensor's values and kept for its version is not for a graph.
                 torch.autograd.graph.increment_version([*self._static.values()])
-                with torch.inference_mode(inference):
+                with torch.inference_mode(inference), torch.no_grad():
                     return forward(model, **self._static, **arguments)
 
             with _no_mask_stays_none(), noting() as masks, padded():
@@ -85,11 +85,12 @@ class Captured:
                     raise
             if cache is not None:
                 # A recording does not keep it alive.
-                outputs = dataclasses.replace(self.recording.outputs, past_key_values=None)
+                outputs = self.recording.outputs
+                outputs = dataclasses.replace(outputs, past_key_values=_NOTHING_BEFORE)
                 self.recording.outputs = outputs
                 try:
                     # A step that was taken cannot be given back.
-                    copy_out(outputs)
+                    copy_out(outputs, _NOTHING_BEFORE)
                 except Unknown as unknown:
                     self.recording.release()
                     raise UnsupportedError(f"it returns {unknown}") from unknown
@@ -103,9 +104,7 @@ class Captured:
         self._fill(tensors, sizes)
         self.recording.replay()
         real = (self._facts, *sizes) if sizes is not None else ()
-        out = copy_out(self.recording.outputs, _NOTHING_BEFORE, *real)
-        if cache is not None:
-            return dataclasses.replace(out, past_key_values=cache)
+        out = copy_out(self.recording.outputs, _NOTHING_BEFORE, *real, instead=cache)
         return out.to_tuple() if self._as_tuple else out
 
     def _fill(self, tensors: Mapping[str, torch.Tensor], sizes: tuple[Size, Size] | None) -> None:

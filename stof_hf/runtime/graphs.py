@@ -10,6 +10,7 @@ import copyreg
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any
 
@@ -144,7 +145,7 @@ def _subclass(cls: type[nn.Module]) -> type[nn.Module]:
 
     # The same name: Transformers finds what it records, and saves, by class or by name.
     body = {"replaced": cls, "forward": forward, "__module__": cls.__module__}
-    body |= methods_of(cls, _step, _takes)
+    body |= methods_of(cls, _stepping, _takes)
     return type(cls.__name__, (_Graphed, cls), body)
 
 
@@ -158,16 +159,24 @@ def _runs_its_own(model: nn.Module) -> bool:
 
 
 def _takes(model: nn.Module, cache: Any) -> bool:
-    """Whether a cache's steps are given to `_step` with the mask that only hides padding."""
+    """Whether a cache's steps are given to `_stepping` with the mask that only hides padding."""
     return not _runs_its_own(model) and model.__dict__["_stof_graphs"].takes(model, cache)
 
 
-def _step(model: nn.Module, compile_config: Any, **kwargs: Any) -> Any:
-    """What `generate` calls in the place of a compiled forward."""
-    if not _takes(model, kwargs.get("past_key_values")):
-        return class_of(model).get_compiled_call(model, compile_config)(**kwargs)
-    out = model.__dict__["_stof_graphs"].step(model, kwargs)
-    return model(**kwargs) if out is _OWN else out
+def _stepping(model: nn.Module, compile_config: Any) -> Callable[..., Any]:
+    """What a call of `generate` takes for a compiled forward."""
+    looked = False
+
+    def step(**kwargs: Any) -> Any:
+        nonlocal looked
+        if not _takes(model, kwargs.get("past_key_values")):
+            return class_of(model).get_compiled_call(model, compile_config)(**kwargs)
+        # Nothing changes a model between tokens, and looking takes longer than all else here.
+        out = model.__dict__["_stof_graphs"].step(model, kwargs, look=not looked)
+        looked = True
+        return model(**kwargs) if out is _OWN else out
+
+    return step
 
 
 def _reads_values(model: nn.Module, tensors: dict[str, torch.Tensor]) -> bool:
@@ -240,15 +249,19 @@ class Graphs:
                 self._look_again(model)
             return not self._refused
 
-    def step(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
-        """What a step of generation returns, or _OWN where the model's own forward has to run."""
+    def step(self, model: nn.Module, kwargs: dict[str, Any], look: bool) -> Any:
+        """What a step of generation returns, or _OWN where the model's own forward has to run.
+
+        Args:
+            look: whether the model may have changed.
+        """
         given = step_of(kwargs)
         parts = given and arguments_of(type(model).replaced, (), given[1], cached=True)
         if not parts or self._recorder.capturing():
             return _OWN
         (cache, _), (tensors, plain) = given, parts
         with self._lock:
-            if self._watch is None or not self._watch.holds():
+            if self._watch is None or (look and not self._watch.holds()):
                 self._look_again(model)
             places = [*tensors.values(), cache.layers[0].keys]
             if self._refused or any(x.device != self._device for x in places):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,13 +91,14 @@ def step_of(kwargs: dict[str, Any]) -> tuple[StaticCache, dict[str, Any]] | None
 
 
 def methods_of(
-    cls: type[nn.Module], step: Callable[..., Any], takes: Callable[[nn.Module, Any], bool]
-) -> dict[str, Any]:
+    cls: type[nn.Module], stepping: Callable[[nn.Module, Any], Callable[..., Any]],
+    takes: Callable[[nn.Module, Any], bool],
+) -> dict[str, Any]:  # fmt: skip
     """What a model's class with graphs says to `generate`.
 
     Args:
         cls: the model's own class.
-        step: (model, compile_config, **arguments), in the place of a compiled call.
+        stepping: (model, compile_config) -> what is called in the place of a compiled forward.
         takes: (model, cache) -> whether graphs are for its steps.
     """
     if hasattr(cls, "create_masks_for_generate"):
@@ -110,10 +110,7 @@ def methods_of(
             return given["attention_mask"]
         return masking_utils.create_masks_for_generate(**given)
 
-    def get_compiled_call(self: nn.Module, compile_config: Any) -> Callable[..., Any]:
-        return partial(step, self, compile_config)
-
     return {
         "create_masks_for_generate": create_masks_for_generate,
-        "get_compiled_call": get_compiled_call,
+        "get_compiled_call": stepping,
     }

@@ -4,11 +4,14 @@ encoder, and the feed-forward part. Behind each, what overflows fp16 is clamped.
 The first block of a stack computes the position bias of all.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from transformers.models.t5.modeling_t5 import T5Attention, T5Block
 
-from stof_hf.fusion.layer import Attention, Context, Layer, Operator, product
+from stof_hf.attention.relative import RelativeBias
+from stof_hf.fusion.layer import Attention, Context, Layer, Operator, implementation, product
 
 LAYERS = (T5Block,)
 
@@ -58,14 +61,17 @@ def _position_bias(own: T5Attention):
         max_distance=most,
     )  # fmt: skip
 
-    def position_bias(rows: torch.Tensor, context: Context) -> torch.Tensor | None:
+    def by_distance(distances: torch.Tensor) -> torch.Tensor:
+        return F.embedding(
+            buckets[distances.clamp(-most, most) + most], own.relative_attention_bias.weight
+        )
+
+    def position_bias(rows: torch.Tensor, context: Context) -> Any:
         if context.cache is not None:
             return None
         tokens = rows.shape[1]
-        distances = torch.arange(1 - tokens, tokens, device=rows.device).clamp_(-most, most)
-        by_distance = F.embedding(buckets[distances + most], own.relative_attention_bias.weight)
-        # Key j is j - i away from query i.
-        windows = by_distance.T.contiguous().unfold(1, tokens, 1)
-        return windows.flip(1)[None]
+        bias = RelativeBias.of_distances(by_distance, tokens, tokens, rows.device)
+        # Other attention functions add tensors.
+        return bias if implementation(own.config) == "stof" else bias.dense()
 
     return position_bias

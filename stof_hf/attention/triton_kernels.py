@@ -58,7 +58,7 @@ def _bias_rows(offs_m, bias_m, q_len, BIAS: tl.constexpr):
 @triton.jit
 def _scores(s, bias_ptr, bias_rows, offs_n, bias_n, inside, scale, softcap,
             SOFTCAP: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
-    """Scores in base 2, softcap and bias applied, from products of query and key."""
+    """Scores, softcap and bias applied, from products of query and key."""
     if SOFTCAP:
         s = softcap * (2 * tl.sigmoid(2 * (s * scale / softcap)) - 1)
     else:
@@ -66,7 +66,7 @@ def _scores(s, bias_ptr, bias_rows, offs_n, bias_n, inside, scale, softcap,
     if BIAS:
         ptrs = (bias_ptr + bias_rows)[:, None] + (offs_n.to(tl.int64) * bias_n)[None, :]
         s += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    return s * LOG2E
+    return s
 
 
 @triton.jit
@@ -200,7 +200,7 @@ def block_kernel(
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BDV], tl.float32)
 
-    factor = scale * LOG2E if SIMPLE else 1.0
+    factor = scale * LOG2E if SIMPLE else LOG2E
     seed = tl.load(seed_ptr) if DROPOUT else 0
 
     # What a listed step needs to know is loaded one step ahead.

@@ -53,13 +53,16 @@ def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
     them. What is returned for a token that an attention mask hides may differ from the model's own
     forward, in which it means nothing either.
 
+    So are steps of `generate` with `cache_implementation="static"`, in the place of what
+    Transformers compiles then, if the cache keeps all keys (no layer has a window): one graph for
+    each cache. Change a model between calls of `generate`, not between tokens.
+
     The model's own forward runs in training mode, with gradients, under autocast, torch.compile or
-    a capture of the caller's, and for calls with labels, a cache (so `generate` stays what it is),
-    packed sequences, masks [B, H, S, S] under "stof", whose plans follow from their values, or
-    arguments that are neither tensors nor plain values. It runs, too, after
-    one warning that says why, where a forward cannot be captured. A forward that decides by
-    something other than its arguments, such as an attribute that somebody sets between calls, is
-    not for graphs. `stof_hf.restore(model)` takes them away.
+    a capture of the caller's, and for calls with labels, other caches, packed sequences, masks
+    [B, H, S, S] under "stof", whose plans follow from their values, or arguments that are neither
+    tensors nor plain values. It runs, too, after one warning that says why, where a forward cannot
+    be captured. A forward that decides by something other than its arguments, such as an attribute
+    that somebody sets between calls, is not for graphs. `stof_hf.restore(model)` takes them away.
 
     Raises:
         UnsupportedError: not a Transformers model, or not on a CUDA device.

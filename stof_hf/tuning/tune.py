@@ -65,7 +65,8 @@ def tune(
         batch_size, seq_len: of random inputs; by default 1, and as many tokens as the model takes,
             but at most 512. In decoding, seq_len counts the keys.
         shapes: several (batch_size, seq_len), instead of one.
-        phase: "forward", "prefill" (filling a cache), or "decode" (one token more).
+        phase: "forward", "prefill" (filling a cache), or "decode" (one token more). What is found
+            for one row, a token of one sequence, may be for one row alone.
         budget_s: seconds that the search may take for all shapes together. On a GPU, processes of
             its own compile meanwhile, one for each core, and end with it.
         apply: whether to install what was found.

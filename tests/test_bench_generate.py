@@ -1,5 +1,6 @@
 """stof bench generate, in small, on the CPU."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
@@ -8,6 +9,7 @@ from importlib.machinery import ModuleSpec
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import masking_utils
 
 from stof_hf.bench import flash, generate
 from stof_hf.bench.contestants import NO_FLASH_ATTN
@@ -82,6 +84,26 @@ def logits(cell, implementation, compiled=False):
     step = generate._Step(cell, model, CPU)
     with torch.no_grad():
         return torch.stack([step() for _ in range(4)])
+
+
+@pytest.mark.parametrize("copied, seen", [(False, 2), (True, 1)])
+def test_flex_masks_keep_the_length_that_they_were_made_for(copied, seen, monkeypatch):
+    def made(mask_mod, **sizes):
+        return mask_mod
+
+    monkeypatch.setattr(masking_utils, "create_block_mask", made)
+    length = torch.tensor(5)
+    with generate.copied_lengths() if copied else contextlib.nullcontext():
+        make = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"]
+        function = make(batch_size=1, q_length=1, kv_length=128, q_offset=length, device="cpu")
+    length += 1
+    zero = torch.tensor(0)
+    # Transformers' own is wrong, and would be noticed here once it is not.
+    allowed = [bool(function(zero, zero, zero, torch.tensor(k))) for k in (5, 6, 7)]
+    assert sum(allowed) == seen
+    assert masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["flex_attention"].__name__ == (
+        "flex_attention_mask"
+    )
 
 
 NOT_FULL = generate.Cell("mistral_1b", 2, 30, whole=False)

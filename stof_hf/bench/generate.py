@@ -8,8 +8,8 @@ generation: each writes its key and value, and sees one more than the one before
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import transformers
 from rich.table import Table
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
 from ..runtime.recorder import no_collection, own_workspace
 from . import flash
@@ -29,7 +30,7 @@ from .records import model_environment
 from .timing import turns_ms
 from .zoo import in_dtype
 
-__all__ = ["CELLS", "CONTESTANTS", "Cell", "run", "table"]
+__all__ = ["CELLS", "CONTESTANTS", "Cell", "copied_lengths", "run", "table"]
 
 #: Tokens that a cache has room for beyond its context, and after which steps begin again.
 _ROOM = 512
@@ -93,11 +94,34 @@ def run(
     """
     names = known_contestants(contestants, CONTESTANTS)
     data = {"format": FORMAT, **model_environment(device), "sources": source_hash(), "cells": []}
-    for cell in chosen:
-        results = _measure(cell, names, device, options or {}, budget_s)
-        data["cells"].append({"cell": asdict(cell), "results": results})
-        save(data, json_path)
+    with copied_lengths():
+        for cell in chosen:
+            results = _measure(cell, names, device, options or {}, budget_s)
+            data["cells"].append({"cell": asdict(cell), "results": results})
+            save(data, json_path)
     return data
+
+
+@contextmanager
+def copied_lengths() -> Iterator[None]:
+    """Lets FlexAttention keep a copy of a static cache's length.
+
+    Its mask function reads the length when the kernel runs, which by then counts the new token:
+    every query would see one key too many.
+    """
+    known, name = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS, "flex_attention"
+    own = known[name]
+
+    def with_a_copy(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(kwargs.get("q_offset"), torch.Tensor):
+            kwargs["q_offset"] = kwargs["q_offset"].clone()
+        return own(*args, **kwargs)
+
+    known[name] = with_a_copy
+    try:
+        yield
+    finally:
+        known[name] = own
 
 
 class _Constants(TorchFunctionMode):

@@ -231,6 +231,14 @@ def test_models_with_masks_of_their_own_keep_them():
     assert made.get_compiled_call is cls.get_compiled_call
 
 
+def test_hooks_on_the_model_run_in_every_step():
+    model, plain, recorder = pair("llama")
+    inputs, seen = masked(2, 20), []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(generate(model, inputs), wanted(plain, inputs))
+    assert len(seen) == 12 and recorder.replays == 0
+
+
 def test_copies_capture_their_own():
     model, plain, _ = pair("llama")
     inputs = masked(2, 20)

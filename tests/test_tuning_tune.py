@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from stof_hf.fusion.layer_ops import SEGMENTS, Scheme, schemes
 from stof_hf.tuning import cache, measure, search
 from stof_hf.tuning.measure import Recorded, replaying
 
+tuning = importlib.import_module("stof_hf.tuning.tune")
 NAMES = ["bert", "llama", "gpt2", "vit", "modernbert"]
 
 
@@ -130,6 +132,43 @@ def test_the_search_is_near_the_best_there_is(sample, invented, seed):
         (time for _, time in result.course), reverse=True
     )
     assert result.scheme.legal and result.course[-1][1] == pytest.approx(result.time_us)
+
+
+def test_what_is_known_counts_when_time_is_over(sample, invented):
+    made = search.Search(sample, invented, 60, 0, lambda *_: None)
+    made.run()
+    late = search.Search(sample, invented, 0, 1, lambda *_: None, made.known)
+    result = late.run()
+    # A whole layer may be new, of what another draw had passed by.
+    assert late.count <= 1
+    assert sum(run.time_us for run in result.runs) <= 1.05 * made.cost(made.scheme)
+
+
+def test_what_was_searched_first_is_searched_again(invented, monkeypatch):
+    config = transformers.T5Config(
+        vocab_size=97, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    own, seen, results = tuning.search, [], []
+
+    def spy(sample, measurer, *, budget_s, **options):
+        seen.append((sample.kind, len(sample.layer.operators), budget_s))
+        # The first has no time at first, as where nothing is compiled yet.
+        budget_s = budget_s if len(seen) > 1 else 0
+        results.append(own(sample, measurer, budget_s=budget_s, **options))
+        return results[-1]
+
+    monkeypatch.setattr(tuning, "search", spy)
+    report = stof_hf.tune(model, seq_len=32, budget_s=20, progress=False)
+    kinds = [kind for kind, *_ in seen]
+    assert kinds == [kinds[0], kinds[1], kinds[0]] and len(set(kinds)) == 2
+    assert seen[0][1] < seen[1][1] and seen[2][2] > 0
+    layers = {layer.kind: layer for layer in report.layers}
+    # Both rounds count, and what they found falls.
+    course = layers[kinds[0]].course
+    assert [us for _, us in course] == sorted((us for _, us in course), reverse=True)
+    assert layers[kinds[0]].measurements >= course[-1][0]
+    assert results[2].time_us < results[0].time_us
 
 
 def test_without_time_the_analytical_scheme_is_measured(sample, invented):

@@ -26,7 +26,7 @@ from .measure import Measurer
 from .sample import Sample
 from .sampling import NOISE, Sampler
 
-__all__ = ["Result", "Run", "search"]
+__all__ = ["Known", "Result", "Run", "search"]
 
 Bounds = tuple[int, int]
 #: The share of the time that stages 1 and 2 leave for whole layers.
@@ -44,6 +44,8 @@ class Run:
     time_us: float
 
 
+#: The fastest run of a template by what it computes (`Sample.about`).
+Known = dict[tuple[str, str], Run]
 #: A scheme, and what computes each of its segments.
 Computed = tuple[Scheme, tuple[Run, ...]]
 
@@ -87,6 +89,7 @@ def search(
     budget_s: float,
     seed: int = 0,
     progress: Callable[[int, float], None] = lambda count, time_us: None,
+    known: Known | None = None,
 ) -> Result:
     """Find how layers of a kind are computed fastest.
 
@@ -98,8 +101,10 @@ def search(
             one for what is searched in no time, such as embeddings.
         seed: of what stage 2 draws.
         progress: called with the number of measurements and the layer's time, whenever one is done.
+        known: what searches for other kinds of layers, or an earlier one, found fastest; this one
+            begins with that, and adds to it.
     """
-    return Search(sample, measurer, budget_s, seed, progress).run()
+    return Search(sample, measurer, budget_s, seed, progress, known).run()
 
 
 class Search:
@@ -107,9 +112,10 @@ class Search:
 
     def __init__(
         self, sample: Sample, measurer: Measurer, budget_s: float, seed: int,
-        progress: Callable[[int, float], None],
+        progress: Callable[[int, float], None], known: Known | None = None,
     ):  # fmt: skip
         self.sample, self.measurer, self.progress = sample, measurer, progress
+        self.known = {} if known is None else known
         self.deadline = time.monotonic() + budget_s
         self.random = random.Random(seed)
         self.names = sample.layer.names
@@ -227,7 +233,10 @@ class Search:
                 yield name
 
     def start(self, bounds: Bounds, name: str) -> Params | None:
-        """Parameters that nobody tuned, or None where the template has none that fit."""
+        """Parameters to begin with, or None where the template has none that fit.
+
+        The best of another kind of layers, or those that nobody tuned.
+        """
         place = bounds, name
         if place not in self.starts:
             self.starts[place] = self.make_start(bounds, name)
@@ -235,7 +244,11 @@ class Search:
 
     def make_start(self, bounds: Bounds, name: str) -> Params | None:
         template, part = TEMPLATES[name], self.sample.part(bounds)
-        params = self.measurer.first(name, self.sample.about(bounds)) if template.module else None
+        params = None
+        if template.module:
+            about = self.sample.about(bounds)
+            best = self.known.get((name, about))
+            params = self.measurer.first(name, about) if best is None else best.params
         try:
             params = params or template.start(part, self.sample.rows, self.sample.hidden.device)
         except RuntimeError:
@@ -250,6 +263,11 @@ class Search:
         self.count += key not in self.measurer.times
         taken = self.measurer.time_us(key, lambda: self.sample.calls(bounds, name, params))
         run = Run(name, params, taken)
+        if params:
+            about = self.sample.about(bounds)
+            best = self.known.get((name, about))
+            if taken < (math.inf if best is None else best.time_us):
+                self.known[name, about] = run
         for known, here in ((self.fastest, (bounds, name)), (self.best, bounds)):
             if here not in known or taken < known[here].time_us:
                 known[here] = run
@@ -265,16 +283,23 @@ class Search:
     def measure_all(
         self, candidates: Iterable[tuple[Bounds, str, Params]], needed: bool = False
     ) -> None:
-        """Measure as many as there is time for, or all if needed, compiling several at once."""
+        """Measure as many as there is time for, or all if needed, compiling several at once.
+
+        What is known takes no time.
+        """
         rest = list(candidates)
         while rest and (needed or not self.over()):
             count = self.measurer.at_once
             batch, rest = rest[:count], rest[count:]
             self.prepare(batch)
-            for one in batch:
+            for i, one in enumerate(batch):
                 if self.over() and not needed:
                     self.measurer.forget()
+                    rest = batch[i:] + rest
                     break
+                self.measure(*one)
+        for one in rest:
+            if self.sample.key(*one) in self.measurer.times:
                 self.measure(*one)
 
     def prepare(self, candidates: Iterable[tuple[Bounds, str, Params]]) -> None:

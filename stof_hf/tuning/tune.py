@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -28,13 +29,15 @@ from .keys import PHASES, Key, mask_bucket, mask_distance
 from .measure import Measurer, measurer_for
 from .report import LayerReport, SegmentReport, TuneReport
 from .sample import Sample, capture, pattern_of
-from .search import Result, search
+from .search import Known, Result, search
 
 __all__ = ["apply_tuned", "tune"]
 
 Phase = Literal["forward", "prefill", "decode"]
 #: Of the time that is left, what any kind of layers may take.
 _LEAST_SHARE = 0.1
+#: Of the time of kinds that are not searched last, what is kept for searching them again.
+_AGAIN = 0.25
 
 
 def tune(
@@ -249,28 +252,54 @@ def _tune_shape(
     # What the model's first call builds is not the search's.
     deadline = time.monotonic() + budget_s
     found: dict[str, tuple[Sample, Result, LayerReport]] = {}
+    known: Known = {}
     # Time goes where layers are many and long; what kinds of few operators, such as embeddings,
     # leave of their share is for the others.
     order = sorted(samples, key=lambda kind: len(samples[kind].layer.operators))
-    sizes = [len(samples[kind].layers) * len(samples[kind].layer.operators) for kind in order]
-    for i, kind in enumerate(order):
-        sample = samples[kind]
-        title = f"{kind} {sample.shape[0]} x {sample.tokens}"
-        share = max(_LEAST_SHARE, sizes[i] / sum(sizes[i:]))
-        result = search(
-            sample, measurer, budget_s=share * (deadline - time.monotonic()), seed=seed,
-            progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
-        )  # fmt: skip
-        found[kind] = sample, result, _judge(sample, result, measurer)
-        report.interrupted |= result.interrupted
-        kept = found[kind][2].kept
-        choices.setdefault(kind, {})[sample.rows] = result.choice if kept else None
+    sizes = {kind: len(samples[kind].layers) * len(samples[kind].layer.operators) for kind in order}
+    # Those that came first, when little was compiled yet, profit by what the others measured.
+    again = order[:-1]
+    kept_s = _AGAIN * budget_s * sum(map(sizes.get, again)) / sum(sizes.values())
+    for kinds, end in ((order, deadline - kept_s), (again, deadline)):
+        for i, kind in enumerate(kinds):
+            sample = samples[kind]
+            title = f"{kind} {sample.shape[0]} x {sample.tokens}"
+            share = max(_LEAST_SHARE, sizes[kind] / sum(map(sizes.get, kinds[i:])))
+            result = search(
+                sample, measurer, budget_s=share * (end - time.monotonic()), seed=seed,
+                progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
+                known=known,
+            )  # fmt: skip
+            found[kind] = _better(found.get(kind), sample, result, measurer)
+            report.interrupted |= result.interrupted
+            kept = found[kind][2].kept
+            choices.setdefault(kind, {})[sample.rows] = found[kind][1].choice if kept else None
+            if report.interrupted:
+                break
         if report.interrupted:
             break
     found = {kind: found[kind] for kind in samples if kind in found}
     report.layers += [layer for *_, layer in found.values()]
     if not report.interrupted:
         _store(model, found, report.phase)
+
+
+def _better(
+    before: tuple[Sample, Result, LayerReport] | None, sample: Sample, result: Result,
+    measurer: Measurer,
+) -> tuple[Sample, Result, LayerReport]:  # fmt: skip
+    """The faster of what two searches for a kind found, with the measurements of both."""
+    judged = _judge(sample, result, measurer)
+    if before is None:
+        return sample, result, judged
+    _, first, layer = before
+    if (judged.time_us or math.inf) >= (layer.time_us or math.inf):
+        count = layer.measurements + result.measurements
+        return sample, first, replace(layer, measurements=count)
+    known, best = first.measurements, first.course[-1][1] if first.course else math.inf
+    lower = [(known + count, us) for count, us in result.course if us < best]
+    both = replace(result, course=[*first.course, *lower], measurements=known + result.measurements)
+    return sample, both, _judge(sample, both, measurer)
 
 
 def _judge(sample: Sample, result: Result, measurer: Measurer) -> LayerReport:

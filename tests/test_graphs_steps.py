@@ -14,6 +14,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import stof_hf
 from stof_hf import StofWarning, patterns
+from stof_hf.audit.models import runnable
 from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import graphs
@@ -46,11 +47,12 @@ def generate(model, inputs, count=12, **options):
     )  # fmt: skip
 
 
-def wanted(model, inputs, count=12):
+def wanted(model, inputs, count=12, **options):
     """By the own code, with a cache that grows."""
     return model.generate(
-        **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0
-    )
+        **inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False, pad_token_id=0,
+        **options,
+    )  # fmt: skip
 
 
 def pair(name, implementation="stof"):
@@ -125,10 +127,8 @@ def test_logits_and_cache_are_those_of_the_own_code():
 def test_results_are_the_callers_own():
     model, plain, _ = pair("llama")
     inputs = masked(2, 20)
-    out = generate(model, inputs, output_logits=True, return_dict_in_generate=True)
-    everywhere = {"output_logits": True, "return_dict_in_generate": True}
-    want = plain.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False,
-                          pad_token_id=0, **everywhere)  # fmt: skip
+    logits = {"output_logits": True, "return_dict_in_generate": True}
+    out, want = generate(model, inputs, **logits), wanted(plain, inputs, **logits)
     for got, one in zip(out.logits, want.logits, strict=True):
         torch.testing.assert_close(got, one, atol=1e-4, rtol=1e-4)
 
@@ -191,6 +191,26 @@ def test_what_cannot_be_captured_takes_each_step_once(monkeypatch):
     with pytest.warns(StofWarning, match="LlamaForCausalLM runs without CUDA graphs: .*no such"):
         got = generate(model, inputs)
     assert torch.equal(got, wanted(plain, inputs))
+
+
+@pytest.mark.parametrize("name", [
+    "BioGptForCausalLM", "CTRLLMHeadModel", "FalconForCausalLM", "GPTNeoXForCausalLM",
+    "MixtralForCausalLM", "MptForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
+    "StableLmForCausalLM",
+])  # fmt: skip
+def test_other_families_do_not_mind_a_wide_mask(name):
+    cls = getattr(transformers, name)
+    model, _, _ = runnable(cls, cls.config_class)
+    model.set_attn_implementation("stof")
+    inputs = masked(2, 18, left=5)
+    inputs["input_ids"] %= 70
+    # MPT's configuration asks for none.
+    logits = {"output_logits": True, "return_dict_in_generate": True, "use_cache": True}
+    want = wanted(model, inputs, 6, **logits)
+    stof_hf.use_graphs(model)
+    got = generate(model, inputs, 6, **logits)
+    assert TapeRecorder.latest.replays == 4
+    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits))
 
 
 @pytest.mark.parametrize("name, how", [

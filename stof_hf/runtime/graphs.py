@@ -359,7 +359,8 @@ class Graphs:
                 self._refuse(model, key, plain, f"it returns {unknown}")
             return _OWN
         except Exception as error:
-            self._refuse(model, key, plain, f"{type(error).__name__}: {error}")
+            alone = {"use_cache": False} if cache is not None else plain
+            self._refuse(model, key, alone, f"{type(error).__name__}: {error}")
             return _OWN
         self._graphs[key] = graph
         return result

@@ -101,8 +101,9 @@ def methods_of(
         stepping: (model, compile_config) -> what is called in the place of a compiled forward.
         takes: (model, cache) -> whether graphs are for its steps.
     """
-    if hasattr(cls, "create_masks_for_generate"):
-        # Its masks are more than a cache and padding say.
+    known = cls.__module__.startswith("transformers.models.")
+    if not known or hasattr(cls, "create_masks_for_generate"):
+        # Nobody knows what it reads off a mask's width; its masks are more than padding.
         return {}
 
     def create_masks_for_generate(self: nn.Module, **given: Any) -> Any:

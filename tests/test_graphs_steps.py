@@ -17,7 +17,8 @@ from stof_hf import StofWarning, patterns
 from stof_hf.audit.models import runnable
 from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
-from stof_hf.runtime import graphs
+from stof_hf.runtime import captured, graphs
+from stof_hf.runtime.buckets import Unknown
 
 ROOM = 60
 
@@ -183,7 +184,10 @@ def test_what_cannot_be_captured_takes_each_step_once(monkeypatch):
     model, plain, recorder = pair("llama")
     inputs = masked(2, 20)
 
+    tried = []
+
     def capture(run, device, undo):
+        tried.append(1)
         run()
         raise RuntimeError("no such thing")
 
@@ -191,6 +195,21 @@ def test_what_cannot_be_captured_takes_each_step_once(monkeypatch):
     with pytest.warns(StofWarning, match="LlamaForCausalLM runs without CUDA graphs: .*no such"):
         got = generate(model, inputs)
     assert torch.equal(got, wanted(plain, inputs))
+    # Nor is it tried for another cache.
+    assert torch.equal(generate(model, inputs), wanted(plain, inputs)) and len(tried) == 1
+
+
+def test_an_output_that_cannot_be_copied_takes_no_step(monkeypatch):
+    model, plain, recorder = pair("llama")
+    inputs = masked(2, 20)
+    monkeypatch.setattr(captured, "copy_out", unknown)
+    with pytest.warns(StofWarning, match="without CUDA graphs: .*it returns a strange thing"):
+        got = generate(model, inputs)
+    assert torch.equal(got, wanted(plain, inputs)) and recorder.replays == 0
+
+
+def unknown(*_, **__):
+    raise Unknown("a strange thing")
 
 
 @pytest.mark.parametrize("name", [

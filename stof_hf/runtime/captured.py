@@ -84,18 +84,20 @@ class Captured:
                         undo()
                     raise
             if cache is not None:
-                # A recording does not keep it alive.
-                outputs = self.recording.outputs
-                outputs = dataclasses.replace(outputs, past_key_values=_NOTHING_BEFORE)
-                self.recording.outputs = outputs
-                try:
-                    # A step that was taken cannot be given back.
-                    copy_out(outputs, _NOTHING_BEFORE)
-                except Unknown as unknown:
-                    self.recording.release()
-                    raise UnsupportedError(f"it returns {unknown}") from unknown
+                self._leave_out_the_cache()
             self._held = [*map(_read_of, masks), *in_use(model)]
         self._size = None
+
+    def _leave_out_the_cache(self) -> None:
+        """A recording does not keep it alive."""
+        outputs = dataclasses.replace(self.recording.outputs, past_key_values=_NOTHING_BEFORE)
+        self.recording.outputs = outputs
+        try:
+            # A step that was taken cannot be given back.
+            copy_out(outputs, _NOTHING_BEFORE)
+        except Unknown as unknown:
+            self.recording.release()
+            raise UnsupportedError(f"it returns {unknown}") from unknown
 
     def __call__(
         self, tensors: Mapping[str, torch.Tensor], sizes: tuple[Size, Size] | None,

@@ -280,13 +280,14 @@ class Graphs:
                 self._forget_room(id(cache))
                 room = self._rooms[id(cache)] = Room(cache)
             key = (id(cache), _kind(tensors, plain), *shapes_of(tensors, None))
+            if key[1:] in self._own:
+                return _OWN
             return self._repeat(model, key, room.seen, tensors, plain, cache=cache)
 
     def _forget_room(self, one: int) -> None:
         self._rooms.pop(one, None)
         for key in [key for key in self._graphs if key[0] == one]:
             self._graphs.pop(key).recording.release()
-        self._own -= {key for key in self._own if key[0] == one}
 
     def clear(self) -> None:
         """Give all memory back."""
@@ -359,8 +360,13 @@ class Graphs:
                 self._refuse(model, key, plain, f"it returns {unknown}")
             return _OWN
         except Exception as error:
-            alone = {"use_cache": False} if cache is not None else plain
-            self._refuse(model, key, alone, f"{type(error).__name__}: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            if cache is None:
+                self._refuse(model, key, plain, reason)
+            else:
+                # Of any cache.
+                self._own.add(key[1:])
+                self._warn(model, reason)
             return _OWN
         self._graphs[key] = graph
         return result

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 
 import stof_hf
 from stof_hf import StofWarning
+from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
 from stof_hf.masks import cache as mask_cache
 
@@ -310,6 +311,14 @@ def test_steps_of_generation(name, implementation, monkeypatch):
     def compiled(*args, **kwargs):
         raise AssertionError("a step is compiled")
 
+    run, ran = fused.Fused.run, []
+
+    def counted(*args):
+        out = run(*args)
+        ran.append(out is not None)
+        return out
+
+    monkeypatch.setattr(fused.Fused, "run", counted)
     monkeypatch.setattr(torch, "compile", compiled)
     options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     for i in range(3):
@@ -320,3 +329,5 @@ def test_steps_of_generation(name, implementation, monkeypatch):
         assert torch.equal(got, want)
         # The graph of a cache that is gone went with it.
         assert captured(model) == 1
+    # What is captured are the replaced layers, not their own code.
+    assert all(ran) and bool(ran) == (implementation == "stof")

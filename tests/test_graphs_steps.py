@@ -14,7 +14,6 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import stof_hf
 from stof_hf import StofWarning, patterns
-from stof_hf.audit.models import runnable
 from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import captured, graphs
@@ -63,11 +62,12 @@ def pair(name, implementation="stof"):
             for parameter in one.parameters():
                 if parameter.ndim > 1:
                     parameter.mul_(4)
+    install(find(model))
     stof_hf.use_graphs(model)
     return model, plain, TapeRecorder.latest
 
 
-@pytest.fixture(params=["llama", "gpt2", "qwen2"])
+@pytest.fixture(params=["llama", "gpt2", "qwen2", "qwen3"])
 def name(request):
     return request.param
 
@@ -81,7 +81,7 @@ def test_tokens_are_those_of_the_own_code(name, implementation):
     assert (recorder.captures, recorder.replays) == (2, 20)
 
 
-def test_replaced_layers_and_patterns(monkeypatch):
+def test_replaced_layers_run_under_a_pattern(monkeypatch):
     model, plain, recorder = pair("llama")
     run, ran = fused.Fused.run, []
 
@@ -92,7 +92,6 @@ def test_replaced_layers_and_patterns(monkeypatch):
 
     monkeypatch.setattr(fused.Fused, "run", counted)
     for one in (model, plain):
-        install(find(one))
         stof_hf.set_pattern(one, patterns.Longformer(8, (0,)), persist=False)
     inputs = masked(2, 30, left=4)
     tokens = generate(model, inputs)
@@ -212,28 +211,8 @@ def unknown(*_, **__):
     raise Unknown("a strange thing")
 
 
-@pytest.mark.parametrize("name", [
-    "BioGptForCausalLM", "CTRLLMHeadModel", "FalconForCausalLM", "GPTNeoXForCausalLM",
-    "MixtralForCausalLM", "MptForCausalLM", "OPTForCausalLM", "Phi3ForCausalLM",
-    "StableLmForCausalLM",
-])  # fmt: skip
-def test_other_families_do_not_mind_a_wide_mask(name):
-    cls = getattr(transformers, name)
-    model, _, _ = runnable(cls, cls.config_class)
-    model.set_attn_implementation("stof")
-    inputs = masked(2, 18, left=5)
-    inputs["input_ids"] %= 70
-    # MPT's configuration asks for none.
-    logits = {"output_logits": True, "return_dict_in_generate": True, "use_cache": True}
-    want = wanted(model, inputs, 6, **logits)
-    stof_hf.use_graphs(model)
-    got = generate(model, inputs, 6, **logits)
-    assert TapeRecorder.latest.replays == 4
-    torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits))
-
-
 @pytest.mark.parametrize("name, how", [
-    ("mistral", "windows"), ("llama", "training"), ("llama", "restored"),
+    ("mistral", "windows"), ("llama", "training"), ("llama", "restored"), ("llama", "not tuned"),
 ])  # fmt: skip
 def test_others_are_compiled_as_ever(name, how, monkeypatch):
     model, _, recorder = pair(name)
@@ -246,21 +225,27 @@ def test_others_are_compiled_as_ever(name, how, monkeypatch):
     monkeypatch.setattr(type(model).replaced, "get_compiled_call", compiled)
     if how == "training":
         model.train()
-    if how == "restored":
+    if how in ("restored", "not tuned"):
         stof_hf.restore(model)
+    if how == "not tuned":
+        stof_hf.use_graphs(model)
     generate(model, masked(2, 20), count=4)
     assert called and recorder.replays == 0
+    if how == "not tuned":
+        called.clear()
+        install(find(model))
+        generate(model, masked(2, 20), count=4)
+        assert not called and TapeRecorder.latest.replays == 2
 
 
 @torch.no_grad()
 def test_only_caches_that_count_on_the_device_are_taken():
     model, _, _ = pair("llama")
     cache = StaticCache(model.config, max_cache_len=ROOM)
-    assert graphs._takes(model, cache)
+    assert graphs._takes(model, cache, look=True)
     cache.offloading = True
-    assert not graphs._takes(model, cache)
-    assert not graphs._takes(model, None)
-    assert not graphs._takes(model, DynamicCache())
+    for other in (cache, None, DynamicCache()):
+        assert not graphs._takes(model, other, look=True)
 
 
 def test_models_with_masks_of_their_own_keep_them():

@@ -53,9 +53,10 @@ def use_graphs(model: nn.Module, *, max_graphs: int = 32) -> None:
     them. What is returned for a token that an attention mask hides may differ from the model's own
     forward, in which it means nothing either.
 
-    So are steps of `generate` with `cache_implementation="static"`, in the place of what
-    Transformers compiles then, if the cache keeps all keys (no layer has a window): one graph for
-    each cache. Change a model between calls of `generate`, not between tokens.
+    So are steps of `generate` with `cache_implementation="static"` where `tune` has replaced
+    layers, in the place of what Transformers compiles then, if the cache keeps all keys (no layer
+    has a window): one graph for each cache. Change a model between calls of `generate`, not between
+    tokens.
 
     The model's own forward runs in training mode, with gradients, under autocast, torch.compile or
     a capture of the caller's, and for calls with labels, other caches, packed sequences, masks
@@ -161,9 +162,9 @@ def _runs_its_own(model: nn.Module) -> bool:
     )  # fmt: skip
 
 
-def _takes(model: nn.Module, cache: Any) -> bool:
+def _takes(model: nn.Module, cache: Any, look: bool) -> bool:
     """Whether a cache's steps are given to `_stepping` with the mask that only hides padding."""
-    return not _runs_its_own(model) and model.__dict__["_stof_graphs"].takes(model, cache)
+    return not _runs_its_own(model) and model.__dict__["_stof_graphs"].takes(model, cache, look)
 
 
 def _stepping(model: nn.Module, compile_config: Any) -> Callable[..., Any]:
@@ -172,13 +173,13 @@ def _stepping(model: nn.Module, compile_config: Any) -> Callable[..., Any]:
 
     def step(**kwargs: Any) -> Any:
         nonlocal looked
-        if not _takes(model, kwargs.get("past_key_values")):
+        # Nothing changes a model between tokens, and looking takes longer than all else here.
+        look, looked = not looked, True
+        if not _takes(model, kwargs.get("past_key_values"), look):
             return class_of(model).get_compiled_call(model, compile_config)(**kwargs)
         if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
             return model(**kwargs)
-        # Nothing changes a model between tokens, and looking takes longer than all else here.
-        out = model.__dict__["_stof_graphs"].step(model, kwargs, look=not looked)
-        looked = True
+        out = model.__dict__["_stof_graphs"].step(model, kwargs)
         return model(**kwargs) if out is _OWN else out
 
     return step
@@ -245,31 +246,29 @@ class Graphs:
                 return _OWN
             return self._run(model, tensors, plain)
 
-    def takes(self, model: nn.Module, cache: Any) -> bool:
-        """Whether steps with this cache are for graphs."""
-        if not counts_on_device(cache):
-            return False
-        with self._lock:
-            if self._watch is None:
-                self._look_again(model)
-            return not self._refused
-
-    def step(self, model: nn.Module, kwargs: dict[str, Any], look: bool) -> Any:
-        """What a step of generation returns, or _OWN where the model's own forward has to run.
+    def takes(self, model: nn.Module, cache: Any, look: bool) -> bool:
+        """Whether steps with this cache are for graphs.
 
         Args:
             look: whether the model may have changed.
         """
+        if not counts_on_device(cache):
+            return False
+        with self._lock:
+            if self._watch is None or (look and not self._watch.holds()):
+                self._look_again(model)
+            return self._fused and not self._refused
+
+    def step(self, model: nn.Module, kwargs: dict[str, Any]) -> Any:
+        """What a step that is taken returns, or _OWN where the own forward has to run."""
         given = step_of(kwargs)
         parts = given and arguments_of(type(model).replaced, (), given[1], cached=True)
         if not parts or self._recorder.capturing():
             return _OWN
         (cache, _), (tensors, plain) = given, parts
         with self._lock:
-            if self._watch is None or (look and not self._watch.holds()):
-                self._look_again(model)
             places = [*tensors.values(), cache.layers[0].keys]
-            if self._refused or any(x.device != self._device for x in places):
+            if any(x.device != self._device for x in places):
                 return _OWN
             if torch.is_autocast_enabled(self._device.type):
                 return _OWN
@@ -305,6 +304,8 @@ class Graphs:
         self._refused = reason is not None
         self._facts = facts_of(model, type(model).replaced)
         self._unpads = unpads(model)
+        #: Layers that torch.compile would not make anything of but their own code.
+        self._fused = any("_stof_fused" in vars(module) for module in model.modules())
         try:
             self._watch = Watch(model)
         except RuntimeError:  # tensors that lie nowhere

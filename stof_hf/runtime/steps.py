@@ -1,7 +1,8 @@
 """Steps of `generate` with a static cache, as CUDA graphs: one for each cache, as long as it lives.
 
 With a static cache `generate` compiles its steps: it makes masks of a fixed size, and calls what
-`get_compiled_call` gives it. Graphs take the place of both. Steps are given the mask that hides
+`get_compiled_call` gives it. That traces layers' own code, not what replaced them: graphs take the
+place of both. Steps are given the mask that hides
 padding, widened to all places of the cache, and make their own masks of it, on the device; where
 the next token goes lies on the device, too.
 """
@@ -92,14 +93,15 @@ def step_of(kwargs: dict[str, Any]) -> tuple[StaticCache, dict[str, Any]] | None
 
 def methods_of(
     cls: type[nn.Module], stepping: Callable[[nn.Module, Any], Callable[..., Any]],
-    takes: Callable[[nn.Module, Any], bool],
+    takes: Callable[[nn.Module, Any, bool], bool],
 ) -> dict[str, Any]:  # fmt: skip
     """What a model's class with graphs says to `generate`.
 
     Args:
         cls: the model's own class.
         stepping: (model, compile_config) -> what is called in the place of a compiled forward.
-        takes: (model, cache) -> whether graphs are for its steps.
+        takes: (model, cache, whether the model may have changed) -> whether graphs are for its
+            steps.
     """
     known = cls.__module__.startswith("transformers.models.")
     if not known or hasattr(cls, "create_masks_for_generate"):
@@ -107,7 +109,7 @@ def methods_of(
         return {}
 
     def create_masks_for_generate(self: nn.Module, **given: Any) -> Any:
-        if takes(self, given["past_key_values"]):
+        if takes(self, given["past_key_values"], bool(given.get("is_first_iteration"))):
             return given["attention_mask"]
         return masking_utils.create_masks_for_generate(**given)
 

@@ -21,6 +21,7 @@ from stof_hf.fusion.fused import Choice, Weights, steps_of  # noqa: E402
 from stof_hf.fusion.install import find, in_use, install  # noqa: E402
 from stof_hf.fusion.layer_ops import SEGMENTS, Scheme, schemes  # noqa: E402
 from stof_hf.fusion.parts import Norm  # noqa: E402
+from stof_hf.fusion.runners import TEMPLATES  # noqa: E402
 from stof_hf.fusion.templates import common  # noqa: E402
 from stof_hf.fusion.templates.common import ACTIVATIONS  # noqa: E402
 from stof_hf.fusion.templates.gated import gated  # noqa: E402
@@ -157,7 +158,7 @@ def test_layers(name):
         # ModernBERT's first layer begins without a norm.
         assert _joined(scheme) == names.count("norm")
         runs = {
-            segment: (SEGMENTS[segment][0], None) if segment[0] == "norm" else ("torch", {})
+            segment: (_template(segment), None) if segment[0] == "norm" else ("torch", {})
             for segment in scheme.segments
         }
         choices[found.kind] = {1: Choice.of(scheme, runs)}
@@ -166,6 +167,11 @@ def test_layers(name):
     for _ in range(2):
         torch.testing.assert_close(first(model, inputs), want, rtol=2e-4, atol=2e-4)
     assert all(len(used) > 1 and None not in used for used in in_use(model))
+
+
+def _template(segment: tuple[str, ...]) -> str:
+    """The first that is not for one row alone."""
+    return next(name for name in SEGMENTS[segment] if TEMPLATES[name].rows != 1)
 
 
 def _joined(scheme: Scheme) -> int:
@@ -178,7 +184,7 @@ def test_a_norm_behind_a_block_stays_there(name):
     model = build(name).to(DEVICE)
     (found, *_) = find(model)
     scheme = next(s for s in schemes(found.layer.names) if _joined(s))
-    choice = Choice(scheme.bits, tuple((SEGMENTS[s][0], None) for s in scheme.segments))
+    choice = Choice(scheme.bits, tuple((_template(s), None) for s in scheme.segments))
     with pytest.raises(UnsupportedError, match=r"does not compute \[norm gemm"):
         steps_of(found.layer, choice, Weights.of(found.layer), (2, 20), DEVICE)
 

@@ -8,7 +8,9 @@ import matplotlib; matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from stof_hf.masks import SparseMask, patterns as p
 """
+# Threads that wait for a core count as work.
 BY_NUMPY = """
+torch.set_num_threads(1)
 from stof_hf.masks import closed_form
 closed_form.program = lambda pattern: None
 """

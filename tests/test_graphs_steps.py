@@ -14,7 +14,6 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 import stof_hf
 from stof_hf import StofWarning, patterns
-from stof_hf.fusion import fused
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import captured, graphs
 from stof_hf.runtime.buckets import Unknown
@@ -81,22 +80,14 @@ def test_tokens_are_those_of_the_own_code(name, implementation):
     assert (recorder.captures, recorder.replays) == (2, 20)
 
 
-def test_replaced_layers_run_under_a_pattern(monkeypatch):
+def test_replaced_layers_run_under_a_pattern(ran):
     model, plain, recorder = pair("llama")
-    run, ran = fused.Fused.run, []
-
-    def counted(*args):
-        out = run(*args)
-        ran.append(out is not None)
-        return out
-
-    monkeypatch.setattr(fused.Fused, "run", counted)
     for one in (model, plain):
         stof_hf.set_pattern(one, patterns.Longformer(8, (0,)), persist=False)
     inputs = masked(2, 30, left=4)
     tokens = generate(model, inputs)
     # Two layers in the prefill, the first step, what warms up, and the capture.
-    assert ran == 8 * [True]
+    assert len(ran) == 8
     assert torch.equal(tokens, wanted(plain, inputs))
     assert recorder.replays == 10
 

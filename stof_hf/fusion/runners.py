@@ -86,10 +86,9 @@ def _gemm(part: Part, params: Params, shape: Shape) -> Step:
     weight, bias = part.weight, part.bias
     options = {"activation": part.activation, "norm": part.norm, "params": params}
     options["clamp"] = "clamp" in part.names
-    if "residual" in part.names:
-        add = _prepared(lambda rows, residual: gemm(rows, weight, bias, residual, **options))
-        return lambda rows, residual, _: (add(rows, residual), residual)
-    return _producing(part, _prepared(lambda rows: gemm(rows, weight, bias, **options)))
+    return _producing(
+        part, _prepared(lambda rows, *rest: gemm(rows, weight, bias, *rest, **options))
+    )
 
 
 def _gemm_hopper(part: Part, params: Params, shape: Shape) -> Step:
@@ -109,9 +108,7 @@ def _by_cuda(kernel: Any, part: Part, params: Params) -> Step:
         part.weight, part.bias, activation=part.activation, gated="gate" in part.names,
         params=params,
     )  # fmt: skip
-    if "residual" in part.names:
-        return lambda rows, residual, _: (call(rows, residual), residual)
-    return lambda rows, residual, _: (call(rows), residual)
+    return _producing(part, call)
 
 
 def _gated(part: Part, params: Params, shape: Shape) -> Step:
@@ -130,24 +127,17 @@ def _gemv(part: Part, params: Params, shape: Shape) -> Step:
     if "rotary" in part.names:
         turned = to.heads + to.kv_heads
         options |= {"heads": turned + to.kv_heads, "rotated_heads": turned}
-        rotate = _prepared(
-            lambda row, cos, sin: gemv(row, weight, bias, cos=cos, sin=sin, **options), checked=2
+        return _rotating(
+            part, lambda row, cos, sin: gemv(row, weight, bias, cos=cos, sin=sin, **options)
         )
-
-        def step(rows, residual, context):
-            cos, sin = context.position_embeddings
-            out = rotate(rows, cos.flatten(0, 1), sin.flatten(0, 1))
-            return out, residual if part.norm is None else rows
-
-        return step
     options |= {"activation": part.activation, "gated": "gate" in part.names}
+    return _producing(part, _prepared(lambda row, *rest: gemv(row, weight, bias, *rest, **options)))
+
+
+def _producing(part: Part, call: Callable[..., torch.Tensor]) -> Step:
+    """A product, which takes the residual too where it adds it."""
     if "residual" in part.names:
-        add = _prepared(lambda row, residual: gemv(row, weight, bias, residual, **options))
-        return lambda rows, residual, _: (add(rows, residual), residual)
-    return _producing(part, _prepared(lambda row: gemv(row, weight, bias, **options)))
-
-
-def _producing(part: Part, call: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+        return lambda rows, residual, _: (call(rows, residual), residual)
     if part.norm is not None:
         # The norm begins a block, whose residual stands in front of it.
         return lambda rows, residual, _: (call(rows), rows)
@@ -159,18 +149,23 @@ def _qkv(part: Part, params: Params, shape: Shape) -> Step:
 
     weight, bias, to, norm = part.weight, part.bias, part.attention, part.norm
 
-    call = _prepared(
+    return _rotating(
+        part,
         lambda rows, cos, sin: qkv(
             rows, weight, bias, heads=to.heads, kv_heads=to.kv_heads, cos=cos, sin=sin,
             norm=norm, params=params,
         ),
-        checked=2,
     )  # fmt: skip
+
+
+def _rotating(part: Part, function: Callable[..., torch.Tensor]) -> Step:
+    """A product whose function (rows, cos, sin) rotates heads."""
+    call = _prepared(function, checked=2)
 
     def step(rows, residual, context):
         cos, sin = context.position_embeddings
         out = call(rows, cos.flatten(0, 1), sin.flatten(0, 1))
-        return out, residual if norm is None else rows
+        return out, residual if part.norm is None else rows
 
     return step
 

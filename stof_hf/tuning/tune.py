@@ -260,22 +260,23 @@ def _tune_shape(
     # Those that came first, when little was compiled yet, profit by what the others measured.
     again = order[:-1]
     kept_s = _AGAIN * budget_s * sum(map(sizes.get, again)) / sum(sizes.values())
-    for kinds, end in ((order, deadline - kept_s), (again, deadline)):
-        for i, kind in enumerate(kinds):
-            sample = samples[kind]
-            title = f"{kind} {sample.shape[0]} x {sample.tokens}"
-            share = max(_LEAST_SHARE, sizes[kind] / sum(map(sizes.get, kinds[i:])))
-            result = search(
-                sample, measurer, budget_s=share * (end - time.monotonic()), seed=seed,
-                progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
-                known=known,
-            )  # fmt: skip
-            found[kind] = _better(found.get(kind), sample, result, measurer)
-            report.interrupted |= result.interrupted
-            kept = found[kind][2].kept
-            choices.setdefault(kind, {})[sample.rows] = found[kind][1].choice if kept else None
-            if report.interrupted:
-                break
+    turns = (
+        (kind, sizes[kind] / sum(map(sizes.get, kinds[i:])), end)
+        for kinds, end in ((order, deadline - kept_s), (again, deadline))
+        for i, kind in enumerate(kinds)
+    )
+    for kind, share, end in turns:
+        sample = samples[kind]
+        title = f"{kind} {sample.shape[0]} x {sample.tokens}"
+        result = search(
+            sample, measurer, budget_s=max(_LEAST_SHARE, share) * (end - time.monotonic()),
+            seed=seed, progress=lambda count, us, title=title: show(f"{title}: {us:.1f} us"),
+            known=known,
+        )  # fmt: skip
+        found[kind] = _better(found.get(kind), sample, result, measurer)
+        report.interrupted |= result.interrupted
+        kept = found[kind][2].kept
+        choices.setdefault(kind, {})[sample.rows] = found[kind][1].choice if kept else None
         if report.interrupted:
             break
     found = {kind: found[kind] for kind in samples if kind in found}
@@ -293,13 +294,12 @@ def _better(
     if before is None:
         return sample, result, judged
     _, first, layer = before
+    count = layer.measurements + result.measurements
     if (judged.time_us or math.inf) >= (layer.time_us or math.inf):
-        count = layer.measurements + result.measurements
         return sample, first, replace(layer, measurements=count)
-    known, best = first.measurements, first.course[-1][1] if first.course else math.inf
-    lower = [(known + count, us) for count, us in result.course if us < best]
-    both = replace(result, course=[*first.course, *lower], measurements=known + result.measurements)
-    return sample, both, _judge(sample, both, measurer)
+    best = layer.course[-1][1] if layer.course else math.inf
+    lower = ((layer.measurements + at, us) for at, us in result.course if us < best)
+    return sample, result, replace(judged, course=(*layer.course, *lower), measurements=count)
 
 
 def _judge(sample: Sample, result: Result, measurer: Measurer) -> LayerReport:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from stof_hf import SparseMask, StofWarning, UnsupportedError, patterns
 from stof_hf.fusion.install import find, install
 from stof_hf.runtime import graphs, unpadded
 from stof_hf.runtime.real_tokens import RealTokens, round_up
+from stof_hf.runtime.recorder import no_collection
 
 MODELS = ["bert", "roberta", "electra", "distilbert", "modernbert"]
 #: The sums of another number of rows may be in another order.
@@ -258,6 +260,15 @@ def test_what_is_computed_padded(name, packings):
             one.set_attn_implementation("sdpa")
         same(model(**call(right(3, 70))), plain(**call(right(3, 70))))
     assert not packings
+
+
+def test_results_are_gone_with_their_last_name(packings):
+    model, _ = pair("bert")
+    with torch.no_grad(), no_collection():
+        out = model(**call(right(3, 60)))
+        gone = weakref.ref(out.last_hidden_state)
+        del out
+        assert packings and gone() is None
 
 
 def test_a_mask_that_is_on_a_gpu_is_read_once(monkeypatch, packings):

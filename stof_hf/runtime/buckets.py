@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -165,23 +165,56 @@ def copy_out(
     Raises:
         Unknown: it cannot be copied or cut.
     """
-    copies: dict[int, torch.Tensor] = {}
+    return _Copies(dropped, instead, facts, size, bucket).of(output, None)
 
-    def cut(x: torch.Tensor, name: str | None) -> torch.Tensor:
-        if size is None:
+
+@dataclass
+class _Copies:
+    """See `copy_out`. No function here refers to itself: results are gone when nobody has them, not
+    when Python looks for circles."""
+
+    dropped: Any
+    instead: Any
+    facts: Facts | None
+    size: Size | None
+    bucket: Size | None
+    made: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def of(self, x: Any, name: str | None) -> Any:
+        """A copy of what a forward returns by a name."""
+        if x is None:
+            return None
+        if x is self.dropped:
+            return self.instead
+        if isinstance(x, torch.Tensor):
+            # What is the same tensor twice, such as the last hidden state, stays so.
+            if id(x) not in self.made:
+                self.made[id(x)] = self._cut(x, name).clone()
+            return self.made[id(x)]
+        if isinstance(x, ModelOutput):
+            return type(x)(**{key: self.of(value, key) for key, value in x.items()})
+        if type(x) in (tuple, list):
+            return type(x)(self.of(value, name) for value in x)
+        if type(x) is DynamicCache:
+            return self._cache(x)
+        if type(x) is EncoderDecoderCache:
+            made = EncoderDecoderCache(
+                self.of(x.self_attention_cache, name), self.of(x.cross_attention_cache, name)
+            )
+            made.is_updated = dict(x.is_updated)
+            return made
+        raise Unknown(f"a {type(x).__name__}")
+
+    def _cut(self, x: torch.Tensor, name: str | None) -> torch.Tensor:
+        if self.size is None:
             return x
-        axes = facts.axes.get(name, 0) if name is not None else 0
-        if not axes or x.shape[:axes] != bucket[:axes]:
-            raise Unknown(f"{name or type(output).__name__} {list(x.shape)}")
-        return x[: size.batch] if axes == 1 else x[: size.batch, : size.tokens]
+        axes = self.facts.axes.get(name, 0) if name is not None else 0
+        if not axes or x.shape[:axes] != self.bucket[:axes]:
+            raise Unknown(f"{name or 'a tensor'} {list(x.shape)}")
+        batch, tokens = self.size
+        return x[:batch] if axes == 1 else x[:batch, :tokens]
 
-    def clone(x: torch.Tensor, name: str | None) -> torch.Tensor:
-        # What is the same tensor twice, such as the last hidden state, stays so.
-        if id(x) not in copies:
-            copies[id(x)] = cut(x, name).clone()
-        return copies[id(x)]
-
-    def cache(x: DynamicCache) -> DynamicCache:
+    def _cache(self, x: DynamicCache) -> DynamicCache:
         made = copy.copy(x)
         made.layers = [copy.copy(layer) for layer in x.layers]
         for layer in made.layers:
@@ -189,30 +222,9 @@ def copy_out(
                 states = getattr(layer, name)
                 if type(layer) is not DynamicLayer or states is None:
                     raise Unknown(f"a cache of {type(layer).__name__}")
-                if size is not None:
-                    if (states.shape[0], states.shape[2]) != bucket:
+                if self.size is not None:
+                    if (states.shape[0], states.shape[2]) != self.bucket:
                         raise Unknown(f"a cache of {list(states.shape)}")
-                    states = states[: size.batch, :, : size.tokens]
+                    states = states[: self.size.batch, :, : self.size.tokens]
                 setattr(layer, name, states.clone())
         return made
-
-    def walk(x: Any, name: str | None) -> Any:
-        if x is None or x is dropped:
-            return None if x is None else instead
-        if isinstance(x, torch.Tensor):
-            return clone(x, name)
-        if isinstance(x, ModelOutput):
-            return type(x)(**{key: walk(value, key) for key, value in x.items()})
-        if type(x) in (tuple, list):
-            return type(x)(walk(value, name) for value in x)
-        if type(x) is DynamicCache:
-            return cache(x)
-        if type(x) is EncoderDecoderCache:
-            made = EncoderDecoderCache(
-                walk(x.self_attention_cache, name), walk(x.cross_attention_cache, name)
-            )
-            made.is_updated = dict(x.is_updated)
-            return made
-        raise Unknown(f"a {type(x).__name__}")
-
-    return walk(output, None)

@@ -86,18 +86,18 @@ class RealTokens:
 
     def scatter_all(self, output: Any) -> Any:
         """`scatter` of whatever a model returned; what is the same tensor twice stays so."""
-        made: dict[int, torch.Tensor] = {}
+        return self._scatter_all(output, {})
 
-        def walk(x: Any) -> Any:
-            if isinstance(x, torch.Tensor) and x.shape[:2] == (1, self.rows):
-                if id(x) not in made:
-                    made[id(x)] = self.scatter(x)
-                return made[id(x)]
-            if isinstance(x, ModelOutput):
-                return type(x)(**{key: walk(value) for key, value in x.items()})
-            return type(x)(map(walk, x)) if type(x) in (tuple, list) else x
-
-        return walk(output)
+    def _scatter_all(self, x: Any, made: dict[int, torch.Tensor]) -> Any:
+        if isinstance(x, torch.Tensor) and x.shape[:2] == (1, self.rows):
+            if id(x) not in made:
+                made[id(x)] = self.scatter(x)
+            return made[id(x)]
+        if isinstance(x, ModelOutput):
+            return type(x)(**{key: self._scatter_all(value, made) for key, value in x.items()})
+        if type(x) in (tuple, list):
+            return type(x)(self._scatter_all(value, made) for value in x)
+        return x
 
     def mask(self, pattern: Pattern, stamps: Iterable[Stamp]) -> SparseMask | None:
         """The mask of a pattern on sequences, and with it those of layers with patterns of their

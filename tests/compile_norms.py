@@ -16,7 +16,16 @@ from transformers import MistralConfig, StaticCache
 from stof_hf.attention import select
 from stof_hf.fusion import static_cache
 from stof_hf.fusion.parts import Norm
-from stof_hf.fusion.templates import common, embed, gemm_norm, gemv, norm, overflow, rotary
+from stof_hf.fusion.templates import (
+    clamped_norm,
+    common,
+    embed,
+    gemm_norm,
+    gemv,
+    norm,
+    overflow,
+    rotary,
+)
 from stof_hf.kernels import dependent
 
 HALF, FULL = torch.float16, torch.float32
@@ -98,6 +107,24 @@ def overflow_calls(memory):
             params = dict(zip(overflow.SPACE, values, strict=True))
             overflow.overflow(zeros(count, dtype=HALF), params=params)
             yield f"{count} {params}"
+        overflow.overflow(zeros(count, dtype=HALF), zeros(count, dtype=HALF))
+        yield f"{count} with a residual"
+
+
+def clamped_norm_calls(memory):
+    for (m, n), rms in product(((1, 64), (128, 768), (32768, 768), (5000, 1000)), (False, True)):
+        x, w = zeros(m, n, dtype=HALF), zeros(n, dtype=HALF)
+        clamped_norm.clamped_norm(x, x, w, None if rms else w, eps=1e-5, rms=rms)
+        yield f"{m}x{n} {rms=}"
+    # The most that a thread holds.
+    n, x, w = 1024, zeros(4096, 1024, dtype=HALF), zeros(1024, dtype=HALF)
+    for values in product(*clamped_norm.SPACE.values()):
+        params = dict(zip(clamped_norm.SPACE, values, strict=True))
+        more = params | {"rows": 2 * params["rows"]}
+        fits = [clamped_norm.fits(p, n, shared_memory=memory) for p in (params, more)]
+        if fits == [True, False]:
+            clamped_norm.clamped_norm(x, x, w, eps=1e-5, rms=True, params=params)
+            yield f"{params}"
 
 
 def gemv_calls(memory):
@@ -148,14 +175,20 @@ if __name__ == "__main__":
         "gemv": (gemv.gemv_kernel, gemv_calls),
         "append": (static_cache.append_kernel, cache_calls(2, False)),
         "shift": (static_cache.shift_kernel, cache_calls(1, True)),
+        "clamped_norm add": (clamped_norm.add_kernel, clamped_norm_calls),
+        "clamped_norm clamp": (clamped_norm.clamp_kernel, clamped_norm_calls),
         "overflow find": (overflow.find_kernel, overflow_calls),
         "overflow clamp": (overflow.clamp_kernel, overflow_calls),
     }[sys.argv[1]]
     select.multiprocessors = lambda device: 132
     launches = []
     common.check = lambda *arguments: None
-    # One call launches both.
-    overflow.find_kernel.run = overflow.clamp_kernel.run = lambda *args, **named: None
+    # One call launches two.
+    for one in (
+        overflow.find_kernel, overflow.clamp_kernel, clamped_norm.add_kernel,
+        clamped_norm.clamp_kernel,
+    ):  # fmt: skip
+        one.run = lambda *args, **named: None
     kernel.run = lambda *args, grid, warmup, **named: launches.append((args, named))
     for capability, memory in MEMORY.items():
         select.shared_memory = lambda device, memory=memory: memory

@@ -43,6 +43,23 @@ def test_what_pytorch_computes(rows, columns, elements, warps, special):
     assert torch.equal(got.isnan(), want.isnan())
 
 
+@given(
+    st.integers(0, 40), st.integers(1, 300), st.sampled_from(template.SPACE["elements"]),
+    st.dictionaries(st.integers(0, 11999), st.sampled_from([INF, -INF, NAN, MOST, -MOST, 64600.0])),
+)  # fmt: skip
+def test_sums(rows, columns, elements, special):
+    x, residual = (torch.randn(rows, columns).half() * 16 for _ in range(2))
+    for place, value in special.items():
+        if place < x.numel():
+            residual.view(-1)[place] = value
+    x, residual = x.to(DEVICE), residual.to(DEVICE)
+    kept = x.clone()
+    want = clamp(x + residual) if x.numel() else x
+    got = template.overflow(x, residual, params={"elements": elements, "warps": 4})
+    assert torch.equal(x, kept) and torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0))
+
+
 def test_more_elements_than_flags():
     x = torch.zeros(1025 * 1024 + 3, device=DEVICE, dtype=torch.float16)
     x[-1], x[0] = INF, MOST
@@ -57,6 +74,8 @@ def test_what_it_does_not_take():
         template.overflow(torch.zeros(4, 4).half().T[:3])
     with pytest.raises(UnsupportedError, match="gradients"):
         template.overflow(torch.zeros(4).half().requires_grad_())
+    with pytest.raises(UnsupportedError, match=r"a residual must be \[4, 4\]"):
+        template.overflow(torch.zeros(4, 4).half(), torch.zeros(4).half())
 
 
 @st.composite
@@ -170,6 +189,40 @@ def test_blocks_of_t5_whose_products_clamp():
         assert got[0].max() == MOST - 1000 and torch.equal(*got)
         assert want is None or torch.equal(got[0], want)
         want = got[0]
+
+
+@pytest.mark.parametrize("scale", [1.0, 60000.0])
+def test_blocks_of_t5_whose_sums_are_clamped_and_normalised(scale):
+    model = build("t5").half().to(DEVICE)
+    with torch.no_grad():
+        for block in model.encoder.block:
+            block.layer[0].SelfAttention.o.weight.mul_(scale)
+    inputs = {name: x.to(DEVICE) for name, x in inputs_of(model).items()}
+    seen = []
+    model.encoder.final_layer_norm.register_forward_pre_hook(lambda _, x: seen.append(x[0].clone()))
+    want = first(model, inputs)
+    choices = {}
+    for one in find(model):
+        scheme = next(
+            s for s in schemes(one.layer.names)
+            if all(len(x) == 1 or x[0] == "residual" for x in s.segments)
+        )  # fmt: skip
+        assert ("residual", "clamp", "norm") in scheme.segments
+        assert scheme.segments[-1] == ("residual", "clamp")
+        runs = {("residual", "clamp", "norm"): "clamped_norm", ("residual", "clamp"): "overflow"}
+        choices[one.kind] = {
+            40: Choice.of(scheme, {s: (runs[s], None) for s in scheme.segments if s in runs}
+                          | {s: ("torch", {}) for s in scheme.segments if s not in runs})
+        }  # fmt: skip
+    assert len(install(find(model), choices)) == 2
+    for _ in range(2):
+        torch.testing.assert_close(first(model, inputs), want, atol=4e-3, rtol=4e-3)
+    assert (seen[0].abs().max() > 60000) == (scale > 1)
+    # Weights of 60,000 make much of how heads were rounded.
+    got, before = seen[1].double(), seen[0].double()
+    assert got.abs().max() == before.abs().max() or scale == 1
+    assert (got - before).norm() < 1e-3 * before.norm()
+    assert torch.equal(seen[1], seen[2])
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 200])

@@ -38,6 +38,8 @@ SEGMENTS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("attention",): ("attention",),
     ("cross attention",): ("cross attention",),
     ("clamp",): ("overflow", "torch"),
+    ("residual", "clamp"): ("overflow", "torch"),
+    ("residual", "clamp", "norm"): ("clamped_norm", "torch"),
     **{(name,): ("torch",) for name in ("bias", "act", "gate", "residual", "head norm")},
     ("embed",): ("torch",),
     ("embed", "norm"): ("embed", "torch"),

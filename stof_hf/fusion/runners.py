@@ -192,6 +192,17 @@ def _norm(part: Part, params: Params, shape: Shape) -> Step:
     return _normed(part, norm, params)
 
 
+def _clamped_norm(part: Part, params: Params, shape: Shape) -> Step:
+    from .templates.clamped_norm import clamped_norm
+
+    norm = part.norm
+    options = {"eps": norm.eps, "rms": norm.rms, "params": params}
+    call = _prepared(
+        lambda rows, residual: clamped_norm(rows, residual, norm.weight, norm.bias, **options)
+    )
+    return lambda rows, residual, _: call(rows, residual)
+
+
 def _embed(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.embed import embed
 
@@ -266,6 +277,10 @@ def _cross_attention(part: Part, params: Params, shape: Shape) -> Step:
 def _overflow(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.overflow import overflow
 
+    if "residual" in part.names:
+        add = _prepared(lambda rows, residual: overflow(rows, residual, params=params))
+        return lambda rows, residual, _: (add(rows, residual), residual)
+
     def in_place(rows):
         overflow(rows, params=params)
 
@@ -328,6 +343,9 @@ def _linear_act(part: Part, _: Shape) -> Step | None:
     if not part.weight.is_cuda or part.activation not in known:
         return None
     weight, bias, gelu = part.weight.mT, part.bias, known[part.activation]
+    if bias is None:
+        # The epilogue adds one.
+        bias = weight.new_zeros(weight.shape[1])
     return lambda rows, residual, _: (
         torch._addmm_activation(bias, rows, weight, use_gelu=gelu), residual
     )  # fmt: skip
@@ -388,6 +406,7 @@ def _rotary_torch(part: Part, shape: Shape) -> Step:
 #: PyTorch's calls by the operators that they compute; those of several operators come first.
 _PYTORCH: dict[tuple[str, ...], Callable[[Part, Shape], Step | None]] = {
     ("gemm", "bias", "act"): _linear_act,
+    ("gemm", "act"): _linear_act,
     ("gemm", "bias"): _linear,
     ("gemm", "residual"): _product_residual,
     ("gemm",): _product,
@@ -513,6 +532,10 @@ TEMPLATES: dict[str, Template] = {
         ),
     ),
     "norm": Template(_norm, _takes_norm, "norm", _norm_default, _norm_fits),
+    "clamped_norm": Template(
+        _clamped_norm, lambda part: part.norm_first and _takes_norm(part), "clamped_norm",
+        _norm_default, _norm_fits,
+    ),
     "embed": Template(_embed, _takes_embed, "embed", _norm_default, _norm_fits),
     "gemm_norm": Template(
         _gemm_norm, lambda part: part.norm is not None and len(part.norm.weight) <= 1024,

@@ -59,6 +59,15 @@ def fits(params: dict[str, int], n: int, *, shared_memory: int) -> bool:
     )
 
 
+def check_columns(n: int) -> None:
+    """Raise where rows of n elements are too long for a program."""
+    if n > MAX_COLUMNS:
+        raise UnsupportedError(
+            f"rows of {n} elements do not fit into registers, the longest has {MAX_COLUMNS}: "
+            "leave this norm unfused"
+        )
+
+
 @triton.jit
 def norm_kernel(
     x_ptr, bias_ptr, residual_ptr, weight_ptr, shift_ptr, out_ptr, sum_ptr,
@@ -124,11 +133,7 @@ def norm(
     refuse_gradients(x, norm_weight, norm_bias, bias, residual)
     check_matrix("x", x)
     m, n = x.shape
-    if n > MAX_COLUMNS:
-        raise UnsupportedError(
-            f"rows of {n} elements do not fit into registers, the longest has {MAX_COLUMNS}: "
-            "leave this norm unfused"
-        )
+    check_columns(n)
     check_vectors(n, x.device, norm_weight=norm_weight, norm_bias=norm_bias, bias=bias)
     if residual is not None:
         check_matrix("residual", residual, x)

@@ -54,16 +54,17 @@ def add_kernel(
 
 @triton.jit
 def clamp_kernel(
-    sum_ptr, weight_ptr, shift_ptr, out_ptr, flag_ptr, flags, m, eps, limit,
+    sum_ptr, weight_ptr, shift_ptr, out_ptr, flag_ptr, flags, m, each, eps, limit,
     N: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, RMS: tl.constexpr,
     SHIFT: tl.constexpr, FLAGS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Sums between -limit and limit, and these normalised, if there is a flag."""
+    """`each` times ROWS rows: sums between -limit and limit, and these normalised, if there is a
+    flag."""
     await_kernels_before(DEPENDENT)
     if flagged(flag_ptr, flags, FLAGS):
         cols = tl.arange(0, BLOCK_N)
-        for block in range(tl.program_id(0), tl.cdiv(m, ROWS), tl.num_programs(0)):
-            rows = block * ROWS + tl.arange(0, ROWS)
+        for i in range(0, each):
+            rows = (tl.program_id(0) * each + i) * ROWS + tl.arange(0, ROWS)
             inside = (rows < m)[:, None] & (cols < N)[None, :]
             x = add_rows(tl.zeros([ROWS, BLOCK_N], tl.float32), sum_ptr, N, rows, cols, inside)
             x = between(x, limit)
@@ -116,22 +117,23 @@ def clamped_norm(
     out, total = torch.empty_like(x), torch.empty_like(x)
     if out.numel():
         shift = norm_weight if norm_bias is None else norm_bias
-        rows = params["rows"]
-        each = triton.cdiv(triton.cdiv(m, rows), FLAGS)
-        flags = flags_for(x, triton.cdiv(m, each * rows))
+        blocks = triton.cdiv(m, params["rows"])
+        each = triton.cdiv(blocks, FLAGS)
+        # Where nothing overflows a program of the second kernel only costs its launch.
+        each_again = triton.cdiv(blocks, 2 * select.multiprocessors(x.device))
+        flags = flags_for(x, triton.cdiv(blocks, each))
         shared = {
-            "N": n, "BLOCK_N": width(n), "ROWS": rows, "RMS": rms, "SHIFT": norm_bias is not None,
-            "num_warps": params["warps"], **dependent.options(x.device),
+            "N": n, "BLOCK_N": width(n), "ROWS": params["rows"], "RMS": rms,
+            "SHIFT": norm_bias is not None, "num_warps": params["warps"],
+            **dependent.options(x.device),
         }  # fmt: skip
         with on_device_of(x):
             launch(
                 add_kernel, (len(flags),), x, residual, norm_weight, shift, out, total, flags, m,
                 each, eps, **shared,
             )  # fmt: skip
-            # Where nothing overflows each program only costs its launch.
-            programs = min(triton.cdiv(m, rows), 2 * select.multiprocessors(x.device))
             launch(
-                clamp_kernel, (programs,), total, norm_weight, shift, out, flags, len(flags), m,
-                eps, LIMIT, FLAGS=FLAGS, **shared,
+                clamp_kernel, (triton.cdiv(blocks, each_again),), total, norm_weight, shift, out,
+                flags, len(flags), m, each_again, eps, LIMIT, FLAGS=FLAGS, **shared,
             )  # fmt: skip
     return out, total

@@ -7,8 +7,8 @@
 // cores multiply for one while the other computes its activation, rounds and stores (ping-pong, as in
 // CUTLASS). A warpgroup gives the turn away once its last product is issued.
 // Instructions: what is behind a product is unrolled over the accumulators, 20 to 60 KB. There is a kernel for each
-// activation: of a kernel's code, the GPU fetches the beginning ahead. Where others had driven code out of the caches
-// that lay 100 KB behind, in a kernel of all activations, tiles waited 10 us for it.
+// activation: the beginning of a kernel's code seems to be fetched ahead. In a kernel of all activations, tiles waited
+// 10 us for what lay 100 KB behind it wherever other kernels had run in between (docs/performance.md).
 // Limits: rows of x, weight and out aligned to 16 bytes; lengths up to 2^31.
 #include <cuda_runtime.h>
 

@@ -210,10 +210,8 @@ def test_blocks_of_t5_whose_sums_are_clamped_and_normalised(scale):
         assert ("residual", "clamp", "norm") in scheme.segments
         assert scheme.segments[-1] == ("residual", "clamp")
         runs = {("residual", "clamp", "norm"): "clamped_norm", ("residual", "clamp"): "overflow"}
-        choices[one.kind] = {
-            40: Choice.of(scheme, {s: (runs[s], None) for s in scheme.segments if s in runs}
-                          | {s: ("torch", {}) for s in scheme.segments if s not in runs})
-        }  # fmt: skip
+        chosen = {s: (runs[s], None) if s in runs else ("torch", {}) for s in scheme.segments}
+        choices[one.kind] = {40: Choice.of(scheme, chosen)}
     assert len(install(find(model), choices)) == 2
     for _ in range(2):
         torch.testing.assert_close(first(model, inputs), want, atol=4e-3, rtol=4e-3)

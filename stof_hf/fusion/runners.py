@@ -135,7 +135,7 @@ def _gemv(part: Part, params: Params, shape: Shape) -> Step:
 
 
 def _producing(part: Part, call: Callable[..., torch.Tensor]) -> Step:
-    """A product, which takes the residual too where it adds it."""
+    """A product, or a sum, which takes the residual too where it adds it."""
     if "residual" in part.names:
         return lambda rows, residual, _: (call(rows, residual), residual)
     if part.norm is not None:
@@ -278,8 +278,7 @@ def _overflow(part: Part, params: Params, shape: Shape) -> Step:
     from .templates.overflow import overflow
 
     if "residual" in part.names:
-        add = _prepared(lambda rows, residual: overflow(rows, residual, params=params))
-        return lambda rows, residual, _: (add(rows, residual), residual)
+        return _producing(part, _prepared(lambda rows, other: overflow(rows, other, params=params)))
 
     def in_place(rows):
         overflow(rows, params=params)

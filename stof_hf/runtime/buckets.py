@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.utils import ModelOutput
+
+from .outputs import rebuild
 
 __all__ = [
     "Facts", "Size", "Unknown", "bucket_of", "copy_out", "facts_of", "is_for_unpadding", "is_small",
@@ -165,36 +166,27 @@ def copy_out(
     Raises:
         Unknown: it cannot be copied or cut.
     """
-    return _Copies(dropped, instead, facts, size, bucket).of(output, None)
+    return rebuild(output, _Copies(dropped, instead, facts, size, bucket).of)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Copies:
-    """See `copy_out`. No function here refers to itself: results are gone when nobody has them, not
-    when Python looks for circles."""
+    """See `copy_out`."""
 
     dropped: Any
     instead: Any
     facts: Facts | None
     size: Size | None
     bucket: Size | None
-    made: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def of(self, x: Any, name: str | None) -> Any:
-        """A copy of what a forward returns by a name."""
+        """A copy of what a field holds."""
         if x is None:
             return None
         if x is self.dropped:
             return self.instead
         if isinstance(x, torch.Tensor):
-            # What is the same tensor twice, such as the last hidden state, stays so.
-            if id(x) not in self.made:
-                self.made[id(x)] = self._cut(x, name).clone()
-            return self.made[id(x)]
-        if isinstance(x, ModelOutput):
-            return type(x)(**{key: self.of(value, key) for key, value in x.items()})
-        if type(x) in (tuple, list):
-            return type(x)(self.of(value, name) for value in x)
+            return self._cut(x, name).clone()
         if type(x) is DynamicCache:
             return self._cache(x)
         if type(x) is EncoderDecoderCache:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.utils import ModelOutput
 
 from ..hf.combine import derived_of
 from ..hf.patching import Stamp
@@ -16,6 +15,7 @@ from ..masks.packed import documents, packed
 from ..masks.pattern import Pattern
 from ..masks.patterns import Full
 from ..masks.sparse_mask import SparseMask
+from .outputs import rebuild
 
 __all__ = ["RealTokens", "round_up"]
 
@@ -86,18 +86,12 @@ class RealTokens:
 
     def scatter_all(self, output: Any) -> Any:
         """`scatter` of whatever a model returned; what is the same tensor twice stays so."""
-        return self._scatter_all(output, {})
 
-    def _scatter_all(self, x: Any, made: dict[int, torch.Tensor]) -> Any:
-        if isinstance(x, torch.Tensor) and x.shape[:2] == (1, self.rows):
-            if id(x) not in made:
-                made[id(x)] = self.scatter(x)
-            return made[id(x)]
-        if isinstance(x, ModelOutput):
-            return type(x)(**{key: self._scatter_all(value, made) for key, value in x.items()})
-        if type(x) in (tuple, list):
-            return type(x)(self._scatter_all(value, made) for value in x)
-        return x
+        def change(x: Any, _: str | None) -> Any:
+            rows = isinstance(x, torch.Tensor) and x.shape[:2] == (1, self.rows)
+            return self.scatter(x) if rows else x
+
+        return rebuild(output, change)
 
     def mask(self, pattern: Pattern, stamps: Iterable[Stamp]) -> SparseMask | None:
         """The mask of a pattern on sequences, and with it those of layers with patterns of their

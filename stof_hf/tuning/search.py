@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import StofError
 from ..fusion.fused import Choice
@@ -263,12 +264,12 @@ class Search:
         self.count += key not in self.measurer.times
         taken = self.measurer.time_us(key, lambda: self.sample.calls(bounds, name, params))
         run = Run(name, params, taken)
-        if params:
-            about = self.sample.about(bounds)
-            best = self.known.get((name, about))
-            if taken < (math.inf if best is None else best.time_us):
-                self.known[name, about] = run
-        for known, here in ((self.fastest, (bounds, name)), (self.best, bounds)):
+        places: list[tuple[dict[Any, Run], Any]] = [
+            (self.fastest, (bounds, name)), (self.best, bounds)
+        ]  # fmt: skip
+        if params and taken < math.inf:
+            places.append((self.known, (name, self.sample.about(bounds))))
+        for known, here in places:
             if here not in known or taken < known[here].time_us:
                 known[here] = run
         self.note()
